@@ -1,0 +1,147 @@
+"""What the Gauss-Newton matrix and the Hessian of a model share: theta, micro-batches, memory, ways to differentiate.
+
+Each has several engines, best first. One that the model forbids (a custom function without forward mode,
+activation checkpointing, an in-place operation under vmap) is dropped at its first failure, for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hessprobe.curvature.operator import Blocks, CurvatureOperator
+from hessprobe.errors import UserError, unknown_name
+from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.partition import Partition
+
+DEFAULT_MEMORY = 2**30
+
+
+class ModelOperator(CurvatureOperator):
+    """A curvature matrix of an objective at theta on the union of micro-batches, weighted by their tokens.
+
+    Args:
+        objective: model and loss.
+        batches: one batch or a list of micro-batches.
+        partition: the blocks of the flat vector.
+        parameters: theta as a (p,) vector; default: the model's own parameters, read at every product.
+        memory: bytes that the vectors of one chunk and their activations may take; more rows are done in turn.
+        engine: "auto", or one of the class's ENGINES.
+
+    Raises:
+        UserError: no target in any batch, an unknown engine, or theta of another size.
+    """
+
+    ENGINES: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Batch | list[Batch],
+        partition: Partition,
+        *,
+        parameters: Tensor | None = None,
+        memory: int = DEFAULT_MEMORY,
+        engine: str = "auto",
+    ) -> None:
+        own = dict(objective.model.named_parameters())
+        first = own[partition.names[0]] if parameters is None else parameters
+        if parameters is not None and parameters.shape != (partition.size,):
+            raise UserError(
+                f"parameters: wanted one vector ({partition.size:,},), got {tuple(parameters.shape)}: "
+                "partition.vector(model) makes one"
+            )
+        super().__init__(partition, first.dtype, first.device)
+        self.objective = objective
+        self.micro_batches = objective.micro_batches(batches)
+        self.tokens = objective.tokens(self.micro_batches)
+        self.memory = memory
+        self._theta = None if parameters is None else partition.unflatten(parameters.detach())
+        if engine != "auto" and engine not in self.ENGINES:
+            raise unknown_name(f"{type(self).__name__} engine", engine, ["auto", *self.ENGINES])
+        self._engines = list(self.ENGINES) if engine == "auto" else [engine]
+        self._batched = True
+
+    @property
+    def engine(self) -> str:
+        """The way products are differentiated now: the first of ENGINES that this model has not refused."""
+        return self._engines[0]
+
+    def leaves(self, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        """Returns theta by name as fresh leaves; only `names` (default: all) want gradients."""
+        return self.objective.leaves(self.partition, self._theta, names)
+
+    def names_in(self, blocks: Blocks) -> tuple[str, ...]:
+        """Returns the names of the blocks' parameters in the order of the flat vector."""
+        return tuple(slot.name for slot in self.partition.slots if slot.block in blocks)
+
+    def flatten_rows(self, tensors: dict[str, Tensor], k: int) -> Tensor:
+        """Returns (k, p) from (k, *shape) tensors by name; what is missing is zero."""
+        product = torch.zeros(k, self.size, dtype=self.dtype, device=self.device)
+        for slot in self.partition.slots:
+            if slot.name in tensors:
+                product[:, slot.start : slot.stop] = tensors[slot.name].reshape(k, -1)
+        return product
+
+    @cached_property
+    def bytes_per_row(self) -> int:
+        """What one vector costs in a batched product: itself, its product, and the activations' tangents."""
+        seen: dict[int, int] = {}
+
+        def note(t: Tensor) -> Tensor:
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        own = {p.untyped_storage().data_ptr() for p in self.objective.model.parameters()}
+        largest = 0
+        for batch in self.micro_batches:
+            seen.clear()
+            with measuring(self.objective.model), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+                z = self.objective.outputs(batch, self.leaves())
+                saved = sum(size for pointer, size in seen.items() if pointer not in own)
+            largest = max(largest, saved + 2 * z.numel() * z.element_size())
+        return largest + 3 * self.size * self.dtype.itemsize
+
+    def rows_at_once(self, k: int) -> int:
+        """Returns how many of k rows fit in the memory bound together."""
+        return 1 if k == 1 else min(k, max(1, self.memory // self.bytes_per_row))
+
+    def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        chunk = self.rows_at_once(v.shape[0]) if self._batched else 1
+        parts = [self._attempt(part, columns, rows) for part in v.split(chunk)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attempt(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        if v.shape[0] > 1 and not self._batched:
+            return torch.cat([self._attempt(row, columns, rows) for row in v.split(1)])
+        try:
+            return self._over_batches(self._product(self.engine, v.shape[0]), v, columns, rows)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as refusal:
+            if v.shape[0] > 1:  # perhaps it is vmap that the model does not take
+                self._batched = False
+            elif len(self._engines) > 1:
+                self._engines.pop(0)
+            else:
+                raise
+            try:
+                return self._attempt(v, columns, rows)
+            except (RuntimeError, NotImplementedError) as second:
+                raise second from refusal
+
+    def _over_batches(self, product: Callable[..., Tensor], v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        total: Tensor | None = None
+        with measuring(self.objective.model):
+            for batch in self.micro_batches:
+                part = product(batch, v, columns, rows)
+                total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def _product(self, engine: str, k: int) -> Callable[..., Tensor]:
+        """Returns the method that computes one micro-batch's share of k products."""
+        raise NotImplementedError

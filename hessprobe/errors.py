@@ -1,0 +1,22 @@
+"""Mistakes a user can act on: every message says what was wanted, what was given, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake in a call or its data. The command line prints its one line and exits with 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that had to stop (a loss that is not finite, a full disk). Exit 1; what was logged stays."""
+
+
+def unknown_name(kind: str, given: str, valid: Iterable[str]) -> UserError:
+    """Returns the error for a name that does not exist, listing those that do and the nearest one."""
+    names = list(valid)
+    nearest = get_close_matches(given, names, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return UserError(f"no {kind} named {given!r}.{hint} Valid: {', '.join(names)}")

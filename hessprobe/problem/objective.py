@@ -1,0 +1,221 @@
+"""The model and its loss as functions of the parameters: L(theta) = (1/N) sum_n loss(f(theta, x)_n, y_n).
+
+Sums over data are weighted by tokens with a target, never by batches: N counts them over all micro-batches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessprobe.errors import UserError
+from hessprobe.problem.losses import Loss, loss_named
+from hessprobe.problem.partition import Partition, unwrapped
+
+Batch = Any  # (inputs, targets), a Hugging Face mapping with "labels", or whatever forward= and targets= take
+
+
+class Objective:
+    """A model and its loss as functions of a flat parameter vector.
+
+    Args:
+        model: any nn.Module; a compiled or DDP-wrapped one is unwrapped.
+        loss: "cross_entropy" (nats per token), "squared_error" (half the squared distance), or a function
+            (outputs (n, c), targets (n, ...)) -> losses per token (n,), convex in the outputs.
+        forward: (model, batch) -> outputs, class dimension last; default: `model(inputs)`, `.logits` of the output.
+        targets: batch -> targets; default: the batch's second entry, or its "labels" (shifted for causal models).
+        ignore_index: class targets of this value carry no loss.
+
+    A batch is a tuple `(inputs, targets)` (or a DataLoader's list of two tensors) or a mapping with "labels". A
+    list of batches stands for their union: micro-batches, weighted by their tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | Callable[[Tensor, Tensor], Tensor] | Loss = "cross_entropy",
+        *,
+        forward: Callable[[nn.Module, Batch], Tensor] | None = None,
+        targets: Callable[[Batch], Tensor] | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        self.model = unwrapped(model)
+        self.loss_function = loss_named(loss, ignore_index)
+        self._shift = forward is None and targets is None and _is_causal(self.model)
+        self._forward = _Forward(self.model, forward or _default_forward, self._shift)
+        self._targets = targets or _default_targets
+
+    def micro_batches(self, batches: Batch | list[Batch]) -> list[Batch]:
+        """Returns the batches as a list; raises where none of them has a target."""
+        found = batches if isinstance(batches, list) and not _is_tensor_list(batches) else [batches]
+        if not found:
+            raise UserError("no batch given: wanted a batch or a non-empty list of batches")
+        if self.tokens(found) == 0:
+            raise UserError(
+                "no token carries a target: every one is ignored, so loss and curvature are 0/0; pass batches "
+                "with at least one target that is not ignore_index"
+            )
+        return found
+
+    def tokens(self, batches: Batch | list[Batch]) -> int:
+        """Returns the number of tokens with a target in a batch or a list of micro-batches."""
+        listed = batches if isinstance(batches, list) and not _is_tensor_list(batches) else [batches]
+        return sum(int(self.loss_function.valid(self.targets(batch)).sum()) for batch in listed)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Returns the batch's targets flattened over its tokens: (n,), or (n, c) for a regression."""
+        y = self._targets(batch)
+        if self._shift:
+            y = y[:, 1:]
+        if y.is_floating_point():
+            return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(-1, 1)
+        return y.reshape(-1)
+
+    def outputs(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Returns the outputs (n, c) of a batch's tokens at the given parameters (default: the model's own).
+
+        Raises:
+            UserError: outputs and targets do not fit together, or the model returns no tensor of outputs.
+        """
+        swapped = {f"model.{name}": value for name, value in (parameters or {}).items()}
+        z = torch.func.functional_call(self._forward, swapped, (batch,))
+        y = self._targets(batch)
+        z = z.reshape(-1, z.shape[-1]) if z.dim() > 1 else z.reshape(-1, 1)
+        expected = self.targets(batch)
+        if z.shape[0] != expected.shape[0] or (expected.dim() == 2 and expected.shape != z.shape):
+            raise UserError(
+                f"outputs {tuple(z.shape)} (tokens, classes) do not fit targets {tuple(y.shape)}: wanted one target "
+                "per token with the class dimension of the outputs last; forward= and targets= say how they come"
+            )
+        return z
+
+    def loss(self, batches: Batch | list[Batch], parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Returns the mean loss per token (0-d), differentiable in the parameters. Cost: a forward pass."""
+        listed = self.micro_batches(batches)
+        values = [self.loss_function.value(self.outputs(b, parameters), self.targets(b)) for b in listed]
+        return torch.stack(values).sum() / self.tokens(listed)
+
+    def gradient(
+        self, batches: Batch | list[Batch], partition: Partition, parameters: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the loss (0-d) and its gradient (p,), both detached. Cost: one gradient."""
+        listed = self.micro_batches(batches)
+        tokens = self.tokens(listed)
+        loss, gradient = None, None
+        with measuring(self.model, forward_mode=False):
+            leaves = self.leaves(partition, parameters)
+            for batch in listed:
+                z, y = self.outputs(batch, leaves), self.targets(batch)
+                fixed = z.detach()
+                part = self.loss_function.value(fixed, y).detach() / tokens
+                pulled = pull_back(z, leaves, partition.names, self.loss_function.gradient(fixed, y) / tokens)
+                loss = part if loss is None else loss + part
+                gradient = pulled if gradient is None else gradient.add_(pulled)
+        assert loss is not None and gradient is not None
+        return loss, gradient
+
+    def leaves(
+        self,
+        partition: Partition,
+        parameters: Mapping[str, Tensor] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns fresh leaves by name that share the parameters' memory; only `names` (default: all) want gradients."""
+        source = parameters if parameters is not None else dict(self.model.named_parameters())
+        wanted = set(partition.names if names is None else names)
+        return {name: source[name].detach().requires_grad_(name in wanted) for name in partition.names}
+
+
+def pull_back(outputs: Tensor, leaves: Mapping[str, Tensor], names: Sequence[str], cotangent: Tensor) -> Tensor:
+    """Returns J^T cotangent for the named leaves as one vector; a leaf the outputs do not depend on gives zeros."""
+    inputs = [leaves[name] for name in names]
+    grads = torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(x) if g is None else g).reshape(-1) for x, g in zip(inputs, grads, strict=True)]
+    )
+
+
+@contextmanager
+def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
+    """Makes the model deterministic and differentiable as often as needed, and puts everything back after.
+
+    Dropout and batch statistics off (eval), autocast off, compiled parts eager; with `forward_mode`, attention on
+    its math path, since the fused kernels have neither forward mode nor second derivatives.
+    """
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device.type
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device, enabled=False))
+        if forward_mode:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            # Not model.eval(): a module whose train() is overridden (frozen parts) must keep its own word.
+            for module in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+class _Forward(nn.Module):
+    """Lets functional_call swap parameters under any `forward(model, batch)`."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Tensor], shift: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+        self.shift = shift
+
+    def forward(self, batch: Batch) -> Tensor:
+        z = self.function(self.model, batch)
+        return z[:, :-1] if self.shift else z
+
+
+def _is_tensor_list(batch: object) -> bool:
+    """Tells a DataLoader's [inputs, targets] from a list of micro-batches."""
+    return isinstance(batch, list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Tells whether a Hugging Face model shifts labels by one itself, as its causal language models do."""
+    name = type(model).__name__
+    return hasattr(model, "config") and ("ForCausalLM" in name or "LMHead" in name)
+
+
+def _default_forward(model: nn.Module, batch: Batch) -> Tensor:
+    if isinstance(batch, Mapping):
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            inputs["use_cache"] = False
+        found = model(**inputs)
+    else:
+        found = model(batch[0])
+    z = getattr(found, "logits", found)
+    if not isinstance(z, Tensor):
+        raise UserError(
+            f"{type(model).__name__} returned {type(found).__name__}: wanted a tensor of outputs or an object with "
+            ".logits; pass forward=lambda model, batch: ... to pick it out"
+        )
+    return z
+
+
+def _default_targets(batch: Batch) -> Tensor:
+    if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise UserError(f"the batch has keys {', '.join(batch)} but no 'labels'; pass targets= to say where they are")
+        return batch["labels"]
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise UserError(
+            f"wanted a batch (inputs, targets) or a mapping with 'labels', got {type(batch).__name__}; pass forward= "
+            "and targets= to take it apart"
+        )
+    return batch[1]

@@ -1,0 +1,172 @@
+"""The page's charts as plotly figures: data in, figure out. Colours are the page's own CSS variables, so a chart
+follows the light or dark scheme; the page's script puts their values in when it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.colors import sequential
+
+ACCENT, SECOND, FAINT = "var(--accent)", "var(--second)", "var(--faint)"
+DIVERGING = [[0.0, "var(--negative)"], [0.5, "var(--card)"], [1.0, "var(--positive)"]]
+# An SVG path of 4,000 points draws at once; more would only overdraw the same pixels.
+POINTS_DRAWN = 4000
+ERROR_BARS_UP_TO = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line of a chart over training steps; `stderr` draws error bars, or a band where rows are many."""
+
+    label: str
+    steps: np.ndarray
+    values: np.ndarray
+    stderr: np.ndarray | None = None
+    color: str = ACCENT
+    markers: bool = True
+    dash: str = "solid"
+
+
+def shown(name: str) -> str:
+    """Returns a name as plotly must be given it: its text goes through a small HTML of its own."""
+    return escape(str(name), quote=False)
+
+
+def drawn_points(values: np.ndarray, limit: int = POINTS_DRAWN) -> np.ndarray:
+    """Returns the indices to draw of a long series: each bucket's lowest and highest, so no spike is lost."""
+    if values.size <= limit:
+        return np.arange(values.size)
+    buckets = np.array_split(np.arange(values.size), limit // 2)
+    with_gaps = np.where(np.isfinite(values), values, 0.0)
+    ends = [(b[with_gaps[b].argmin()], b[with_gaps[b].argmax()]) for b in buckets]
+    return np.unique([0, *np.ravel(ends), values.size - 1])
+
+
+def layout(x: str, y: str, **changes) -> go.Layout:
+    """Returns the one layout all charts share, with axis titles `x` and `y`."""
+    axis = {"gridcolor": "var(--rule)", "zerolinecolor": "var(--faint)", "linecolor": "var(--rule)", "ticks": ""}
+    base = go.Layout(
+        template="none",
+        font={"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 52, "r": 10, "t": 26, "b": 40},
+        xaxis=axis | {"title": {"text": x, "standoff": 6}, "automargin": True, "showgrid": False},
+        yaxis=axis | {"title": {"text": y, "standoff": 8}, "automargin": True},
+        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        hoverlabel={
+            "bgcolor": "var(--card)",
+            "bordercolor": "var(--faint)",
+            "font": {"color": "var(--ink)", "family": "system-ui, sans-serif"},
+        },
+        hovermode="closest",
+    )
+    return base.update(changes)
+
+
+def over_steps(series: Sequence[Series], y: str, y_format: str = ".4g", **changes) -> go.Figure:
+    """Returns lines over training steps, each with its errors; hover says step, value and error.
+
+    Args:
+        series: the lines, each with its own steps.
+        y: the vertical axis's title, with units.
+        y_format: d3 format of the value in the hover text.
+        changes: layout entries, as in `plotly.graph_objects.Layout`.
+    """
+    figure = go.Figure(layout=layout("step", y, showlegend=len(series) > 1, **changes))
+    for line in series:
+        keep = drawn_points(line.values)
+        x, values = line.steps[keep], line.values[keep]
+        errors = None if line.stderr is None else line.stderr[keep]
+        bars = errors is not None and x.size <= ERROR_BARS_UP_TO
+        if errors is not None and not bars:
+            edge = {"x": x, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+            figure.add_scatter(**edge, y=values - errors)
+            figure.add_scatter(**edge, y=values + errors, fill="tonexty", fillcolor="var(--band)")
+        said = f"%{{y:{y_format}}}" + ("" if errors is None else f" ± %{{customdata:{y_format}}}")
+        figure.add_scatter(
+            x=x,
+            y=values,
+            customdata=errors,
+            name=shown(line.label),
+            mode="lines+markers" if line.markers and x.size <= ERROR_BARS_UP_TO else "lines",
+            line={"color": line.color, "width": 1.8, "dash": line.dash},
+            marker={"size": 6},
+            error_y={"type": "data", "array": errors, "thickness": 1.2, "width": 3} if bars else None,
+            hovertemplate=f"{shown(line.label)}<br>step %{{x}}: {said}<extra></extra>",
+        )
+    return figure
+
+
+def matrix(names: Sequence[str], *, signed: bool, limit: float, hover: str, legend: str, ticks: str) -> go.Figure:
+    """Returns an empty block-by-block heatmap; the page's slider fills it with the step it shows.
+
+    Args:
+        names: block names, in reading order.
+        signed: a diverging scale about zero; else a sequential one from zero.
+        limit: the scale's end, the same for every step so that steps can be compared.
+        hover: what the hover text says of a cell, in plotly's template language.
+        legend: what the colours mean.
+        ticks: d3 format of the colour bar's numbers.
+    """
+    labels = [shown(name) for name in names]
+    short = [shown(name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}") for name in map(str, names)]
+    blank = np.full((len(labels), len(labels)), np.nan, dtype="f4")
+    figure = go.Figure(
+        go.Heatmap(
+            x=labels,
+            y=labels,
+            z=blank,
+            customdata=blank,
+            zmin=-limit if signed else 0.0,
+            zmax=limit,
+            colorscale=DIVERGING if signed else sequential.Cividis,
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            hovertemplate=f"%{{y}} × %{{x}}<br>{hover}<extra></extra>",
+            colorbar={
+                "orientation": "h",
+                "x": 0.5,
+                "y": 1.01,
+                "yanchor": "bottom",
+                "thickness": 8,
+                "len": 1.0,
+                "outlinewidth": 0,
+                "tickformat": ticks,
+                "nticks": 5,
+                "title": {"text": legend, "side": "top", "font": {"size": 12}},
+            },
+        ),
+        layout=layout("", "", margin={"l": 40, "r": 10, "t": 54, "b": 40}),
+    )
+    # Few blocks: name each. Many: let plotly choose which, or the labels would run into each other.
+    every = {"tickvals": labels, "ticktext": short} if len(labels) <= 40 else {}
+    figure.update_xaxes(type="category", tickangle=-90 if len(labels) > 6 else 0, **every)
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False, **every)
+    return figure
+
+
+def by_distance() -> go.Figure:
+    """Returns an empty chart of coupling against layer distance: every pair a dot, means with their errors."""
+    figure = go.Figure(layout=layout("layers apart", "coupling", showlegend=True))
+    figure.add_scatter(
+        mode="markers",
+        name="pairs",
+        marker={"color": SECOND, "size": 5, "opacity": 0.55},
+        hovertemplate="%{customdata}<br>coupling %{y:.3g}<extra></extra>",
+    )
+    figure.add_scatter(
+        mode="lines+markers",
+        name="mean, with its error",
+        line={"color": ACCENT, "width": 1.8},
+        error_y={"type": "data", "thickness": 1.2, "width": 3},
+        hovertemplate="%{x} apart<br>coupling %{y:.3g} ± %{customdata:.2g}<extra></extra>",
+    )
+    figure.update_xaxes(dtick=1)
+    figure.update_yaxes(rangemode="tozero")
+    return figure

@@ -1,0 +1,147 @@
+"""Figures for a paper: one style, column width, text that stays text in PDF, colours that colour-blind readers can
+tell apart. Each function returns the figure and the data drawn in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from hessprobe import analysis
+from hessprobe.analysis.rows import sound_rows
+from hessprobe.errors import UserError
+
+COLUMN = 3.35  # inches: one column of a two-column page
+ACCENT, SECOND = "#0b6a88", "#b35806"
+STYLE: dict[str, object] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "pdf.fonttype": 42,  # embeds the font: text in the PDF can be searched and edited
+    "savefig.dpi": 300,
+}
+DIRECTIONS = {"update": ("along the update", ACCENT, "-"), "negative_gradient": ("along −gradient", SECOND, "--")}
+
+
+def coupling_heatmap(run: xr.DataTree, step: int | None = None) -> tuple[Figure, xr.Dataset]:
+    """Returns the coupling of every pair of layers at one step, drawn, and the row drawn (diagonal blank).
+
+    Args:
+        run: an opened run.
+        step: a measured step; default the last.
+
+    Raises:
+        UserError: no such table, no measured row, or a step that was not measured.
+    """
+    rows = analysis.coupling(_table(run, "cross_layer"))
+    row = _row(rows, step)
+    diagonal = np.eye(row.sizes["block"], dtype=bool)
+    drawn = row.where(xr.DataArray(~diagonal, dims=("block", "other_block")))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new(COLUMN * 0.9)
+        values = np.ma.masked_invalid(drawn["coupling"].values)
+        image = axes.imshow(values, cmap="cividis", vmin=0.0)
+        names = [_short(str(name)) for name in row["block"].values]
+        # Beyond some thirty labels a column has no room for every name.
+        ticks = range(0, len(names), max(1, len(names) // 30))
+        axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90)
+        axes.set_yticks(ticks, [names[i] for i in ticks])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(f"step {int(row['step']):,}", loc="left")
+        figure.colorbar(image, ax=axes, label="coupling", shrink=0.85, pad=0.03).outline.set_visible(False)  # pyright: ignore
+    return figure, drawn
+
+
+def cross_share_over_training(run: xr.DataTree) -> tuple[Figure, xr.DataArray]:
+    """Returns the share of d.Gd between layers over training, drawn, and the shares drawn (step, direction)."""
+    rows = sound_rows(_table(run, "cross_layer"), "step_curvature")
+    if rows.sizes["step"] == 0:
+        raise UserError("no row of the table 'cross_layer' holds a step_curvature; nothing to draw")
+    shares = analysis.cross_share(rows["step_curvature"]).compute()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new(COLUMN * 0.62)
+        for direction in shares["direction"].values:
+            label, color, dash = DIRECTIONS.get(str(direction), (_plain(str(direction)), "#666666", ":"))
+            line = shares.sel(direction=direction)
+            axes.plot(line["step"], 100 * line, dash, color=color, marker=_marker(line.size), label=label)
+        axes.axhline(0, color="#999999", linewidth=0.6, zorder=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel("cross share of d·Gd (%)")
+        axes.legend()
+    return figure, shares
+
+
+def loss_curve(run: xr.DataTree) -> tuple[Figure, xr.Dataset]:
+    """Returns training and held-out loss by step, drawn, and the curve drawn."""
+    curve = analysis.loss_curve(_table(run, "train"))
+    if curve.sizes["step"] == 0:
+        raise UserError("no row of the table 'train' holds a loss; nothing to draw")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new(COLUMN * 0.62)
+        axes.plot(curve["step"], curve["loss"], color="#999999", label="training")
+        if "held_out_loss" in curve:
+            held_out = curve["held_out_loss"].dropna("step")
+            axes.plot(held_out["step"], held_out, color=ACCENT, marker=_marker(held_out.size), label="held out")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.legend()
+    return figure, curve
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Writes a figure as PDF and PNG into a folder, made where missing, and returns the two paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.pdf", folder / f"{name}.png"]
+    with matplotlib.rc_context(STYLE):
+        for path in paths:
+            figure.savefig(path)
+    return paths
+
+
+def _table(run: xr.DataTree, name: str) -> xr.Dataset:
+    return analysis.require_table(run, name)
+
+
+def _new(height: float):
+    # Figure itself, not pyplot: pyplot keeps every figure alive in a global list.
+    figure = Figure(figsize=(COLUMN, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _row(rows: xr.Dataset, step: int | None) -> xr.Dataset:
+    measured = rows["step"].values
+    if measured.size == 0:
+        raise UserError("no row of the table 'cross_layer' holds a number; nothing to draw")
+    if step is None:
+        return rows.isel(step=-1)
+    if step not in measured:
+        raise UserError(f"step {step} was not measured; measured: {', '.join(str(s) for s in measured[:20])}")
+    return rows.sel(step=step)
+
+
+def _plain(name: str) -> str:
+    """Returns a name without matplotlib's math: a dollar sign would start a formula."""
+    return name.replace("$", r"\$")
+
+
+def _short(name: str) -> str:
+    return _plain(name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}")
+
+
+def _marker(points: int) -> str:
+    return "o" if points <= 60 else ""

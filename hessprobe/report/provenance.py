@@ -1,0 +1,54 @@
+"""The page's section on provenance: what was run, on what data, with which versions, from which commit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import xarray as xr
+
+from hessprobe.report.section import Section
+
+
+def provenance(run: xr.DataTree) -> Section:
+    """Returns the section on provenance, from the run's root attributes alone; what is absent is said to be."""
+    attributes = run.attrs
+    data, versions = _decoded(attributes.get("data")), _decoded(attributes.get("versions"))
+    facts = {
+        "created": attributes.get("created"),
+        "device": attributes.get("device"),
+        "seed": attributes.get("seed"),
+        "commit": attributes.get("git_commit"),
+        "schema version": attributes.get("schema_version"),
+    }
+    facts |= {f"data: {key}": value for key, value in _flat(data, "")}
+    partition = {name: int(count) for name, count in _decoded(attributes.get("partition")).items()}
+    content = {
+        "facts": {key: "not recorded" if value in (None, "") else value for key, value in facts.items()},
+        "versions": versions,
+        "partition": partition,
+        "parameters": sum(partition.values()),
+        "recipe": dict(_flat(_decoded(attributes.get("recipe")), "")),
+    }
+    return Section(name="provenance", title="Provenance", template="provenance.html.j2", content=content)
+
+
+def _decoded(value: Any) -> dict[str, Any]:
+    """Returns a JSON attribute as a dict; text that is no JSON object stands as it is, under its own name."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    try:
+        decoded = json.loads(value) if value else {}
+    except (TypeError, ValueError):
+        return {"text": str(value)}
+    return decoded if isinstance(decoded, dict) else {"text": decoded}
+
+
+def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yields nested settings as the dotted keys that `--set key=value` takes."""
+    for key, entry in value.items():
+        if isinstance(entry, Mapping):
+            yield from _flat(entry, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", entry

@@ -1,0 +1,44 @@
+"""A section of the page: a template with its numbers, its charts and what the slider shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import plotly.graph_objects as go
+import xarray as xr
+
+from hessprobe.analysis import require_table
+from hessprobe.analysis.rows import failed_rows
+from hessprobe.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """What one section shows. With `missing` set, only that line is shown."""
+
+    name: str
+    title: str
+    template: str
+    missing: str = ""
+    content: Mapping[str, Any] = field(default_factory=dict)
+    charts: Mapping[str, go.Figure] = field(default_factory=dict)
+    frames: Mapping[str, Any] = field(default_factory=dict)
+    failed: Mapping[int, str] = field(default_factory=dict)
+
+
+def table_or_reason(run: xr.DataTree, name: str) -> tuple[xr.Dataset | None, str]:
+    """Returns a table, or None and a line saying why there is nothing to show and which flag records it."""
+    try:
+        table = require_table(run, name)
+    except UserError as error:
+        return None, str(error)
+    dataset = table.to_dataset() if isinstance(table, xr.DataTree) else table
+    failed = failed_rows(dataset)
+    if dataset.sizes.get("step", 0) == 0:
+        return None, f"The table {name!r} holds no recorded row yet."
+    if len(failed) == dataset.sizes["step"]:
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in list(failed.items())[:3])
+        return None, f"All {len(failed)} rows of the table {name!r} failed ({reasons})."
+    return dataset, ""

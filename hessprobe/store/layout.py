@@ -1,0 +1,194 @@
+"""How a table comes to lie on disk: whole, in one move, so that no instant shows half of one.
+
+A table is built in a folder beside log.zarr and renamed into place; a grown table is built there from hard links
+to the chunks it keeps, and the two directories are exchanged (Linux renameat2, RENAME_EXCHANGE).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from hessprobe.store.log import BUILDING, LOG
+from hessprobe.store.schema import (
+    DIMENSIONS,
+    FILL_VALUES,
+    GROWTH_ROWS,
+    STEP,
+    Table,
+    Variable,
+    bookkeeping_variables,
+)
+
+GROWS = "length_unknown"
+_ASIDE = ".aside"
+
+
+def create_table(folder: Path, table: Table, steps: Sequence[int] | None) -> None:
+    """Lays out folder/log.zarr/TABLE for the given steps, or for a first block of rows if they are unknown."""
+    building = folder / BUILDING / table.name
+    shutil.rmtree(building, ignore_errors=True)
+    group = zarr.create_group(building, attributes={**table.attributes, GROWS: steps is None})
+    rows = GROWTH_ROWS if steps is None else len(steps)
+    for dim, labels in table.coordinates.items():
+        values = np.asarray(labels)
+        long_name = DIMENSIONS.get(dim, dim.replace("_", " "))
+        # Fixed-width text would be outside the zarr v3 specification; `str` is variable-length UTF-8.
+        dtype = str if values.dtype.kind in "UTO" else values.dtype
+        _create_array(group, dim, (dim,), values.shape, values.shape, dtype, None, {"long_name": long_name, "units": "1"})
+        group[dim][:] = values.astype(object) if dtype is str else values  # pyright: ignore
+    attributes = {"long_name": DIMENSIONS[STEP], "units": "steps"}
+    if steps is None:
+        attributes["comment"] = (
+            "-1: a row laid out in advance that no step has reached; the table grows by whole blocks of rows. "
+            "Keep the rows where `recorded` is true."
+        )
+    chunk = table.chunk_rows(Variable(name=STEP, dims=(STEP,), units="", long_name="", estimator="", dtype="int64"))
+    _create_array(group, STEP, (STEP,), (rows,), (chunk if steps is None else max(1, rows),), "int64", -1, attributes)
+    if steps is not None:
+        group[STEP][:] = np.asarray(steps, dtype=np.int64)  # pyright: ignore
+    for variable in (*table.variables, *bookkeeping_variables()):
+        inner = table.row_shape(variable)
+        chunk = table.chunk_rows(variable) if steps is None else max(1, min(table.chunk_rows(variable), rows))
+        _create_array(group, variable.name, variable.dims, (rows, *inner), (chunk, *inner),
+                      str if variable.dtype == "str" else variable.dtype, FILL_VALUES[variable.dtype],
+                      variable.attributes)  # fmt: skip
+    os.rename(building, folder / LOG / table.name)
+
+
+def _create_array(group, name, dims, shape, chunks, dtype, fill, attributes) -> None:
+    # Uncompressed: numbers with random last digits hardly shrink, and a chunk of constant size can be rewritten
+    # in place with nothing but the row in hand changing (writer.RowStore).
+    group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, fill_value=fill, compressors=None,
+                       dimension_names=dims, attributes=attributes)  # fmt: skip
+
+
+def grow_table(folder: Path, name: str, rows: int, steps: Sequence[int] | None = None) -> None:
+    """Gives folder/log.zarr/NAME `rows` rows in one move; with `steps`, also their step labels.
+
+    What a reader has open stays readable: chunk files keep their names and, being links, their contents.
+    """
+    table, building = folder / LOG / name, folder / BUILDING / name
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(table, building, copy_function=_link, ignore=shutil.ignore_patterns("*.partial"))
+    group = zarr.open_group(building, mode="r+", use_consolidated=False)
+    for _, array in group.arrays():
+        if array.metadata.dimension_names[0] == STEP:  # pyright: ignore
+            array.resize((rows, *array.shape[1:]))
+    if steps is not None:
+        group[STEP][:] = np.asarray(steps, dtype=np.int64)  # pyright: ignore
+    exchange(building, table)
+
+
+def _link(source: str, target: str) -> None:
+    # zarr never changes a metadata file in place, it renames a new one over it, so a link is as good as a copy.
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        shutil.copy2(source, target)  # a file system without hard links
+
+
+def exchange(building: Path, table: Path) -> None:
+    """Swaps two directories, atomically where the system can; the old table then lies where the new one was built.
+
+    The old one is left there until the next growth or the end, for readers that had just begun to open it.
+    """
+    if _rename_exchange(building, table):
+        return
+    # Two renames: for an instant the table is missing. `restore` puts it back if the process dies there.
+    aside = building.with_name(building.name + _ASIDE)
+    shutil.rmtree(aside, ignore_errors=True)
+    for _ in range(10):
+        os.rename(table, aside)
+        try:
+            os.rename(building, table)
+            return
+        except OSError as error:
+            # A reader found the table missing and put the old one back first.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise OSError(errno.EBUSY, "readers keep restoring the table", str(table))
+
+
+def _rename_exchange(first: Path, second: Path) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    if renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    # Not every file system knows the flag (NFS, some overlays); any other failure is a failure.
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def restore(folder: Path) -> None:
+    """Puts back a table whose growth was cut off between two renames. Safe beside a running writer."""
+    for aside in sorted((folder / BUILDING).glob("*" + _ASIDE)):
+        table = folder / LOG / aside.name.removesuffix(_ASIDE)
+        if not table.exists():
+            time.sleep(0.05)  # a living writer needs microseconds for its second rename
+            if not table.exists():
+                with suppress(OSError):
+                    os.rename(aside, table)
+
+
+def clear_building(folder: Path) -> None:
+    """Removes what was built beside the log and is not, or no longer, part of it. Only for the writer."""
+    shutil.rmtree(folder / BUILDING, ignore_errors=True)
+
+
+def dimensions(array: Any) -> tuple[str, ...]:
+    """The dimension names of a zarr array."""
+    return tuple(array.metadata.dimension_names)
+
+
+def dtype(array: Any) -> str:
+    """The dtype of a zarr array by the schema's name: "str" for text of any representation."""
+    native = array.metadata.data_type.to_native_dtype()
+    return "str" if native.kind in "TOU" else native.name
+
+
+def differences(on_disk: Mapping[str, Any], table: Table) -> list[str]:
+    """Returns how a declared table differs from the one on disk, a phrase each; wording (long_name) may differ."""
+    declared = {variable.name: variable for variable in (*table.variables, *bookkeeping_variables())}
+    labels = {*table.coordinates, STEP}
+    found = []
+    if gone := sorted(set(on_disk) - set(declared) - labels):
+        found.append(f"it also has {', '.join(gone)}")
+    if new := sorted((set(declared) | labels) - set(on_disk)):
+        found.append(f"it lacks {', '.join(new)}")
+    for name in sorted(set(declared) & set(on_disk)):
+        variable, array = declared[name], on_disk[name]
+        was = (dimensions(array), dtype(array), array.attrs.get("units"), array.attrs.get("estimator"))
+        now = (variable.dims, variable.dtype, variable.units, variable.estimator)
+        if was != now:
+            found.append(f"{name}: {_phrase(was)} there, {_phrase(now)} now")
+    for dim in sorted(set(table.coordinates) & set(on_disk)):
+        was, now = list(on_disk[dim][:]), list(table.coordinates[dim])
+        if was != now:
+            found.append(f"{dim}: {_phrase(was)} there, {_phrase(now)} now")
+    return found
+
+
+def _phrase(values: Sequence) -> str:
+    shown = [f"({', '.join(value)})" if isinstance(value, tuple) else str(value) for value in values]
+    return ", ".join([*shown[:6], "..."] if len(shown) > 6 else shown)

@@ -1,0 +1,60 @@
+"""A zoo problem beside its dense truth, and the operators under test built on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessprobe.curvature.gauss_newton import GaussNewton
+from hessprobe.curvature.hessian import Hessian
+from hessprobe.problem.objective import Objective
+from hessprobe.problem.partition import Partition
+from tests import models, oracles
+
+SEED = 20250
+
+
+@dataclass(frozen=True)
+class Case:
+    """One member of the zoo with everything a test needs; `truth` follows the partition's order."""
+
+    problem: models.Problem
+    objective: Objective
+    partition: Partition
+    truth: oracles.Dense
+
+    @classmethod
+    def of(cls, name: str) -> Case:
+        """Builds the named zoo member: transformers split by layer, the others by module."""
+        return cls.on(
+            models.ZOO[name](models.seeded(SEED)), "layer" if name.startswith("decoder") else "module"
+        )
+
+    @classmethod
+    def on(cls, problem: models.Problem, by: str = "module") -> Case:
+        """Builds the case of any problem."""
+        partition = Partition.of(problem.model, by)
+        truth = oracles.dense(*problem).in_order(partition.names)
+        return cls(problem, Objective(problem.model, loss=problem.loss), partition, truth)
+
+    def split(self, by: str) -> Case:
+        """Returns the same case under another partition; the truth is reordered, not recomputed."""
+        partition = Partition.of(self.problem.model, by)
+        return Case(self.problem, self.objective, partition, self.truth.in_order(partition.names))
+
+    @property
+    def slices(self) -> list[slice]:
+        return [self.partition.slices[block] for block in self.partition.blocks]
+
+    def gauss_newton(self, **options: Any) -> GaussNewton:
+        return GaussNewton(self.objective, self.problem.batches, self.partition, **options)
+
+    def hessian(self, **options: Any) -> Hessian:
+        return Hessian(self.objective, self.problem.batches, self.partition, **options)
+
+    def rows(self, k: int, seed: int = 1) -> Tensor:
+        """Returns k standard normal rows (k, p)."""
+        return torch.randn(k, self.partition.size, generator=models.seeded(seed), dtype=torch.float64)

@@ -1,0 +1,126 @@
+"""Stored runs of invented numbers, written by the real store: what a training would leave, in a fraction of a second."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, Variable
+from hessprobe.store.writer import RunWriter
+
+LAYERS = ("embedding", *(f"block.{i}" for i in range(4)), "head")
+PAIR = ("step", "block", "other_block")
+TRAIN = (
+    "loss", "held_out_loss", "step_size", "update_norm", "gradient_norm", "predicted_decrease", "actual_decrease",
+    "tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents",
+)  # fmt: skip
+
+
+def attributes(blocks: Sequence[str] = LAYERS, **changes: Any) -> dict[str, Any]:
+    """Returns root attributes as a run would carry them."""
+    recipe = {"name": "nano", "optimizer": {"name": "full_gn", "inner_steps": 8}, "steps": 31}
+    return {
+        "name": "nano-full-gn", "recipe": json.dumps(recipe), "seed": 0, "created": "2026-01-05T10:00:00+00:00",
+        "versions": json.dumps({"hessprobe": "0.1.0", "torch": "2.13.0", "python": "3.11.2"}),
+        "git_commit": "0123abc", "device": "cpu, 2 threads",
+        "data": json.dumps({"source": "python standard library", "sha256": "ab12" * 16, "bytes": 12_345_678}),
+        "partition": json.dumps({block: 1000 + 7 * i for i, block in enumerate(blocks)}),
+    } | changes  # fmt: skip
+
+
+def cross_layer_table(blocks: Sequence[str] = LAYERS) -> Table:
+    names = [("fro2", PAIR), ("fro2_stderr", PAIR), ("coupling", PAIR), ("coupling_stderr", PAIR),
+             ("off_block_energy", ("step",)), ("off_block_energy_stderr", ("step",)),
+             ("step_curvature", ("step", "direction", "block", "other_block")),
+             ("step_slope", ("step", "direction", "block")), ("gradient_norm2", ("step", "block"))]  # fmt: skip
+    variables = [Variable(name=n, dims=d, units="1", long_name=n, estimator="invented") for n, d in names]
+    labels = {"block": blocks, "other_block": blocks, "direction": ["update", "negative_gradient"]}
+    return Table(name="cross_layer", variables=(*variables, *MEASUREMENT_VARIABLES), coordinates=labels)
+
+
+def train_table() -> Table:
+    variables = [Variable(name=n, dims=("step",), units="1", long_name=n, estimator="exact") for n in TRAIN]
+    search = Variable(
+        name="line_search_loss", dims=("step", "alpha"), units="1", long_name="loss", estimator="exact"
+    )
+    return Table(name="train", variables=(*variables, search), coordinates={"alpha": [1.0, 0.5]})
+
+
+def cross_layer_row(blocks: Sequence[str], time: float, rng: np.random.Generator) -> dict[str, Any]:
+    """Returns one row at `time` in [0, 1]: neighbours couple more, and coupling grows with time."""
+    size = len(blocks)
+    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+    noise = 0.02 * rng.standard_normal((size, size))
+    coupling = np.exp(-distance / (1.2 + 1.5 * time)) * (0.35 + 0.4 * time) + (noise + noise.T) / 2
+    np.fill_diagonal(coupling, 1.0)
+    norms = np.exp(rng.standard_normal(size) * 0.5)
+    fro2 = coupling * np.sqrt(np.outer(norms, norms))
+    factors = rng.standard_normal((2, size, 3)) + 0.8
+    return {
+        "fro2": fro2, "fro2_stderr": 0.04 * fro2, "coupling": coupling,
+        "coupling_stderr": np.where(distance == 0, 0.0, 0.015 + 0.01 * rng.random((size, size))),
+        "off_block_energy": 1 - np.trace(fro2) / fro2.sum(), "off_block_energy_stderr": 0.012,
+        "step_curvature": factors @ factors.transpose(0, 2, 1), "step_slope": rng.standard_normal((2, size)),
+        "gradient_norm2": norms, "loss": 5.5 - 2 * time, "tokens": 1024.0, "sequences": 16.0, "damping": 0.0,
+        "symmetry_gap": 3e-7, "seconds": 0.8 + 0.1 * rng.random(), "gradient_equivalents": 64.0,
+        "peak_memory": 3.1e8,
+    }  # fmt: skip
+
+
+def train_row(step: int, last: int, evaluated: bool, rng: np.random.Generator) -> dict[str, Any]:
+    loss = 2.1 + 3.4 * np.exp(-4 * step / max(last, 1)) + 0.03 * rng.standard_normal()
+    size = float(rng.choice([1.0, 0.7071, 0.5]))
+    return {
+        "loss": loss, "held_out_loss": loss + 0.05 if evaluated else np.nan, "step_size": size, "update_norm": size,
+        "line_search_loss": np.array([loss, loss + 0.1]), "gradient_norm": 1.0,
+        "predicted_decrease": 0.3 * np.exp(-3 * step / max(last, 1)), "tokens": 8192.0 * (step + 1),
+        "actual_decrease": 0.25 * np.exp(-3 * step / max(last, 1)), "line_search_tokens": 4096.0 * (step + 1),
+        "seconds": 2.5 * (step + 1), "probe_seconds": 0.2 * (step + 1), "gradient_equivalents": 30.0 * (step + 1),
+    }  # fmt: skip
+
+
+def write_run(
+    folder: Path,
+    *,
+    blocks: Sequence[str] = LAYERS,
+    steps: Sequence[int] | None = tuple(range(0, 31, 5)),
+    train_steps: int = 31,
+    failed: Mapping[int, str] | None = None,
+    blank: Sequence[int] = (),
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """Writes a run and returns its folder.
+
+    Args:
+        folder: where to.
+        blocks: block names.
+        steps: the probed steps; None leaves the table out.
+        train_steps: rows of the train table; 0 leaves it without rows.
+        failed: {step: reason} of probed steps whose measurement failed.
+        blank: probed steps whose row is recorded and NaN throughout.
+        seed: of the invented numbers.
+        changes: root attributes to change.
+    """
+    rng = np.random.default_rng(seed)
+    writer = RunWriter.create(folder, attributes(blocks, **changes))
+    writer.add_table(train_table(), range(train_steps) if train_steps else None)
+    for step in range(train_steps):
+        writer.write("train", step, train_row(step, train_steps - 1, step % 5 == 0, rng))
+    if steps is not None:
+        table = cross_layer_table(blocks)
+        writer.add_table(table, steps)
+        for step in steps:
+            row = cross_layer_row(blocks, step / max(*steps, 1), rng)
+            if step in blank:
+                row = {name: np.full(np.shape(value), np.nan) for name, value in row.items()}
+            if step in (failed or {}):
+                writer.fail("cross_layer", step, (failed or {})[step])
+            else:
+                writer.write("cross_layer", step, row)
+    writer.close()
+    return folder
