@@ -1,6 +1,6 @@
-"""Which layers couple, and how much of a step's curvature lies between them? Figures and findings of stored runs.
+"""Which layers couple, and how much of a step's curvature lies between them? Figures and findings of runs.
 
-    python analyses/cross_layer_importance.py runs/nano --out figures
+python analyses/cross_layer_importance.py runs/nano --out figures
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ Draw = Callable[[xr.DataTree], tuple[Figure, xr.Dataset | xr.DataArray]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the figures go")
-    parser.add_argument("--step", type=int, help="the step whose coupling is drawn (default: the last measured)")
+    parser.add_argument(
+        "--step", type=int, help="the step whose coupling is drawn (default: the last measured)"
+    )
     given = parser.parse_args(arguments)
     drawings: dict[str, Draw] = {
         "coupling": lambda run: figures.coupling_heatmap(run, given.step),
@@ -56,7 +60,7 @@ def study(path: Path, out: Path, label: str, drawings: dict[str, Draw]) -> None:
 
 
 def labels(runs: list[Path]) -> list[str]:
-    """Returns what each run's file names begin with: nothing for one run, else its folder's name, made unique."""
+    """Returns what each run's file names begin with: nothing for one run, else its folder's own name."""
     if len(runs) == 1:
         return [""]
     names = [run.resolve().name for run in runs]

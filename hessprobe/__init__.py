@@ -1,0 +1,64 @@
+"""hessprobe: what curvature does a transformer's training throw away?
+
+The public names load when first used, so that `import hessprobe` costs nothing and reading a log needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hessprobe.curvature.gauss_newton import GaussNewton
+    from hessprobe.curvature.hessian import Hessian
+    from hessprobe.errors import RunFailed, UserError
+    from hessprobe.estimation.block_norms import block_norms
+    from hessprobe.estimation.lanczos import lanczos
+    from hessprobe.estimation.sampling import Estimate
+    from hessprobe.estimation.trace import hutchinson_trace, hutchpp_trace, xtrace
+    from hessprobe.problem.objective import Objective
+    from hessprobe.problem.partition import Partition
+    from hessprobe.store.reader import open_run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Estimate": "estimation.sampling",
+    "GaussNewton": "curvature.gauss_newton",
+    "Hessian": "curvature.hessian",
+    "Objective": "problem.objective",
+    "Partition": "problem.partition",
+    "RunFailed": "errors",
+    "UserError": "errors",
+    "block_norms": "estimation.block_norms",
+    "hutchinson_trace": "estimation.trace",
+    "hutchpp_trace": "estimation.trace",
+    "lanczos": "estimation.lanczos",
+    "open_run": "store.reader",
+    "xtrace": "estimation.trace",
+}
+__all__ = [
+    "Estimate",
+    "GaussNewton",
+    "Hessian",
+    "Objective",
+    "Partition",
+    "RunFailed",
+    "UserError",
+    "block_norms",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "lanczos",
+    "open_run",
+    "xtrace",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f"hessprobe.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'hessprobe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

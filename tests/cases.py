@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
+from hessprobe.curvature.operator import CurvatureOperator
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
 
 SEED = 20250
+OPERATORS = ("gauss_newton", "hessian", "residual")
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,25 @@ class Case:
     def rows(self, k: int, seed: int = 1) -> Tensor:
         """Returns k standard normal rows (k, p)."""
         return torch.randn(k, self.partition.size, generator=models.seeded(seed), dtype=torch.float64)
+
+
+def rows_of(curvlinops_operator: Any, rows: Tensor) -> Tensor:
+    """Returns a curvlinops operator applied to (k, p) rows; it multiplies columns."""
+    return (curvlinops_operator @ rows.T).T
+
+
+def pair(case: Case, which: str, **options: Any) -> tuple[CurvatureOperator, Tensor]:
+    """Returns the named operator and the dense matrix it has to equal."""
+    if which == "gauss_newton":
+        return case.gauss_newton(**options), case.truth.gauss_newton
+    if which == "hessian":
+        return case.hessian(**options), case.truth.hessian
+    return case.hessian(**options) - case.gauss_newton(**options), case.truth.residual
+
+
+def masked(case: Case, rows: Tensor, blocks: Sequence[str]) -> Tensor:
+    """Returns the rows with everything outside the named blocks set to zero."""
+    kept = torch.zeros_like(rows)
+    for block in blocks:
+        kept[:, case.partition.slices[block]] = rows[:, case.partition.slices[block]]
+    return kept

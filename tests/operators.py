@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Generator, Tensor
 
-from hessprobe.curvature.operator import CurvatureOperator
+from hessprobe.curvature.operator import Blocks, CurvatureOperator
 from hessprobe.problem.partition import Partition, Slot
 
 
@@ -24,27 +24,17 @@ class DenseOperator(CurvatureOperator):
     """A (p, p) matrix under a partition; counts the rows it was asked to multiply."""
 
     def __init__(self, matrix: Tensor, sizes: Mapping[str, int] | None = None) -> None:
+        super().__init__(
+            partition_of_sizes(sizes or {"everything": len(matrix)}), matrix.dtype, matrix.device
+        )
         self.matrix = matrix
-        self.partition = partition_of_sizes(sizes or {"everything": len(matrix)})
         self.products = 0
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
-
-    def apply(
-        self, v: Tensor, *, columns: Iterable[str] | None = None, rows: Iterable[str] | None = None
-    ) -> Tensor:
+    def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         self.products += len(v)
         return self._only(rows, self._only(columns, v) @ self.matrix.T)
 
-    def _only(self, blocks: Iterable[str] | None, v: Tensor) -> Tensor:
-        if blocks is None:
-            return v
+    def _only(self, blocks: Blocks, v: Tensor) -> Tensor:
         kept = torch.zeros_like(v)
         for block in blocks:
             kept[:, self.partition.slices[block]] = v[:, self.partition.slices[block]]

@@ -1,7 +1,7 @@
 """The truth that operators are judged by: loss, gradient, G and H as dense float64 matrices.
 
-Built from definitions and reverse-mode autodiff alone (torch.autograd.functional, double backward), with no code
-of hessprobe: G = (1/N) sum_n J_n^T (diag(p_n) - p_n p_n^T) J_n, and H differentiates the loss twice.
+Built from definitions and reverse-mode autodiff alone (torch.autograd.functional, double backward), with no
+code of hessprobe: G = (1/N) sum_n J_n^T (diag(p_n) - p_n p_n^T) J_n, and H differentiates the loss twice.
 torch.func.hessian is avoided on purpose: it is silently wrong for affine LayerNorm in torch 2.13.
 """
 
@@ -128,7 +128,7 @@ def logit_hessians(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     """Returns the second derivative of every token's loss in its outputs, dense (n, c, c)."""
     n, c = outputs.shape
     if callable(loss):
-        one = [lambda z, y=targets[i : i + 1]: loss(z[None], y)[0] for i in range(n)]
+        one = [lambda z, y=targets[i : i + 1]: token_losses(loss, z[None], y)[0] for i in range(n)]
         return torch.stack([double_backward(f, z) for f, z in zip(one, outputs, strict=True)])  # type: ignore[misc]
     if loss == "squared_error":
         return torch.eye(c, dtype=outputs.dtype).expand(n, c, c)

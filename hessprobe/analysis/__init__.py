@@ -10,7 +10,8 @@ from hessprobe.analysis.coupling import (
     off_block_energy,
     strongest_pairs,
 )
-from hessprobe.analysis.findings import Finding, findings
+from hessprobe.analysis.finding import Finding
+from hessprobe.analysis.findings import findings
 from hessprobe.analysis.training import TrainingSummary, loss_curve, measuring_costs, summarize_training
 from hessprobe.analysis.trend import Trend, trend
 from hessprobe.store.reader import open_run, require_table

@@ -1,8 +1,8 @@
 """How strongly layers couple through the Gauss-Newton matrix G, from the `cross_layer` table.
 
-coupling_ij = |G_ij|_F^2 / sqrt(|G_ii|_F^2 |G_jj|_F^2), in [0, 1] up to noise: linear CKA of the layers' tangent
-kernels (Kornblith et al. 2019). Off-block energy is 1 - sum_i |G_ii|_F^2 / |G|_F^2. Along a direction d the share
-of d.Gd that lies between layers is 1 - sum_i d_i.G_ii d_i / d.Gd, signed.
+coupling_ij = |G_ij|_F^2 / sqrt(|G_ii|_F^2 |G_jj|_F^2), in [0, 1] up to noise: linear CKA of the layers'
+tangent kernels (Kornblith et al. 2019). Off-block energy is 1 - sum_i |G_ii|_F^2 / |G|_F^2. Along a
+direction d the share of d.Gd that lies between layers is 1 - sum_i d_i.G_ii d_i / d.Gd, signed.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _NUMBERED = re.compile(r"(?:^|\.)block\.(\d+)(?:\.|$)")
 
 def coupling(table: xr.Dataset) -> xr.Dataset:
     """Returns `coupling` and `coupling_stderr` (step, block, other_block) of the rows that carry numbers."""
-    return sound_rows(table, "coupling")[["coupling", "coupling_stderr"]].compute()
+    return _with_error(table, "coupling", ("step", "block", "other_block"))
 
 
 def off_block_energy(table: xr.Dataset) -> xr.Dataset:
     """Returns `off_block_energy` and its standard error (step): the share of |G|_F^2 between layers."""
-    return sound_rows(table, "off_block_energy")[["off_block_energy", "off_block_energy_stderr"]].compute()
+    return _with_error(table, "off_block_energy", ("step",))
 
 
 def curvature_shares(step_curvature: xr.DataArray) -> xr.DataArray:
-    """Returns d_i.G_ij d_j / d.Gd (..., block, other_block): where a step's curvature lies; the cells sum to 1.
+    """Returns d_i.G_ij d_j / d.Gd (..., block, other_block): where a step's curvature lies; cells sum to 1.
 
     NaN where d.Gd is not above zero (no step was taken, or the row carries no number).
     """
@@ -40,7 +40,7 @@ def cross_share(step_curvature: xr.DataArray) -> xr.DataArray:
     """Returns the share of d.Gd that lies between layers, off-diagonal sum / whole sum (...,), signed.
 
     0.2: a block-diagonal model sees 80 % of this step's curvature. Negative: layers' terms cancel, and a
-    block-diagonal model sees more curvature than there is. Exact on the batch, so it carries no sampling error.
+    block-diagonal model sees more curvature than there is. Exact on the batch: it carries no sampling error.
     """
     shares = curvature_shares(step_curvature)
     diagonal = np.trace(shares.transpose(..., "block", "other_block").values, axis1=-2, axis2=-1)
@@ -66,10 +66,10 @@ def depths(blocks: np.ndarray) -> np.ndarray:
 
 
 def coupling_by_distance(table: xr.Dataset) -> xr.Dataset:
-    """Returns the mean coupling of the pairs of blocks at each layer distance (step, distance), with its error.
+    """Returns the mean coupling of the pairs of blocks at each layer distance (step, distance), with error.
 
-    Variables `coupling`, `coupling_stderr`, `pairs` (distance). Pairs share their probes, so their errors are not
-    independent: the error is the mean of the pairs' errors, which bounds it whatever the correlation
+    Variables `coupling`, `coupling_stderr`, `pairs` (distance). Pairs share their probes, so their errors are
+    not independent: the error is the mean of the pairs' errors, which bounds it whatever the correlation
     (triangle inequality). Pairs with a block of no known depth are left out; no pair left gives length 0.
     """
     rows = coupling(table)
@@ -111,3 +111,11 @@ def _mean(values: np.ndarray) -> np.ndarray:
     """Returns the mean over the last axis of the finite values, NaN where there is none."""
     count = np.isfinite(values).sum(axis=-1)
     return np.where(count > 0, np.nansum(values, axis=-1) / np.maximum(count, 1), np.nan)
+
+
+def _with_error(table: xr.Dataset, name: str, dims: tuple[str, ...]) -> xr.Dataset:
+    """Returns a quantity and its standard error on the rows that carry it; no rows if it is not there."""
+    rows, names = sound_rows(table, name), [name, f"{name}_stderr"]
+    for absent in [each for each in names if each not in rows]:
+        rows = rows.assign({absent: (dims, np.full([rows.sizes[dim] for dim in dims], np.nan))})
+    return rows[names].compute()

@@ -9,13 +9,13 @@ import xarray as xr
 def sound_rows(table: xr.Dataset, variable: str) -> xr.Dataset:
     """Returns the rows in which `variable` was measured: recorded, without a failure, and not NaN throughout.
 
-    A variable the table does not hold has no sound rows, so an older log gives an empty selection, not an error.
+    A variable the table does not hold has no sound rows: an older log gives an empty selection, not an error.
     """
     if variable not in table:
         return table.isel(step=slice(0, 0))
     values = table[variable]
-    finite = np.isfinite(values).any([dim for dim in values.dims if dim != "step"])
-    keep = finite.values & (failures(table) == "")
+    finite = np.isfinite(values.transpose("step", ...).values).reshape(values.sizes["step"], -1).any(axis=1)
+    keep = finite & (failures(table) == "")
     if "recorded" in table:
         keep &= table["recorded"].values.astype(bool)
     return table.isel(step=np.flatnonzero(keep))

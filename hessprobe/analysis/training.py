@@ -1,4 +1,4 @@
-"""What the training reached and what it cost, from the `train` table; what measuring cost, from every table."""
+"""What training reached and cost, from the `train` table; what measuring cost, from every table."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ CLOCKS = ("tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """Where a run stands at its last recorded step. Losses in nats per token; NaN where none was evaluated."""
+    """Where a run stands at its last recorded step. Losses in nats per token; NaN where not evaluated."""
 
     steps: int
     last_step: int
     first_loss: float
     last_loss: float
     first_held_out_loss: float
+    first_held_out_step: int | None
     last_held_out_loss: float
     best_held_out_loss: float
     best_step: int | None
@@ -32,8 +33,10 @@ class TrainingSummary:
 
 
 def loss_curve(table: xr.Dataset) -> xr.Dataset:
-    """Returns `loss` and `held_out_loss` (step), with tokens, seconds and gradient equivalents as coordinates,
-    so that `curve.swap_dims(step="tokens")` puts another clock under it."""
+    """Returns `loss` and `held_out_loss` (step) with the run's clocks as coordinates.
+
+    Clocks: tokens, seconds, gradient equivalents. `curve.swap_dims(step="tokens")` puts another one under it.
+    """
     rows = sound_rows(table, "loss")
     present = [name for name in (*CLOCKS, "loss", "held_out_loss") if name in rows]
     rows = rows[present].compute()
@@ -55,6 +58,7 @@ def summarize_training(table: xr.Dataset) -> TrainingSummary | None:
         first_loss=float(loss[0]),
         last_loss=float(loss[-1]),
         first_held_out_loss=float(held_out.values[0]) if best is not None else np.nan,
+        first_held_out_step=int(held_out["step"].values[0]) if best is not None else None,
         last_held_out_loss=float(held_out.values[-1]) if best is not None else np.nan,
         best_held_out_loss=float(best) if best is not None else np.nan,
         best_step=int(best["step"]) if best is not None else None,
@@ -70,11 +74,10 @@ def measuring_costs(run: xr.DataTree) -> xr.Dataset:
     """Returns what each probe's rows cost (table,): rows, failed, seconds, gradient_equivalents, peak_memory.
 
     Seconds and gradient equivalents are sums over the rows that carry them; `seconds_per_row` and
-    `gradient_equivalents_per_row` are medians; `share_of_run` is measuring's share of the run's wall clock, NaN
-    where the run has no `train` table.
+    `gradient_equivalents_per_row` are medians; `share_of_run` is the share of all seconds, training steps and
+    measuring together, that went into measuring; NaN where the run has no `train` table.
     """
     summary = summarize_training(run["train"].to_dataset()) if "train" in run.children else None
-    clock = summary.seconds if summary else np.nan
     names = [name for name in run.children if name != "train" and "seconds" in run[name]]
     tables = [run[name].to_dataset() for name in names]
     columns: dict[str, list[float]] = {
@@ -88,7 +91,8 @@ def measuring_costs(run: xr.DataTree) -> xr.Dataset:
             continue
         columns[quantity] = [_over(np.sum, value) for value in values]
         columns[f"{quantity}_per_row"] = [_over(np.median, value) for value in values]
-    columns["share_of_run"] = [seconds / clock if clock > 0 else np.nan for seconds in columns["seconds"]]
+    whole = (summary.seconds if summary else np.nan) + np.nansum(columns["seconds"])
+    columns["share_of_run"] = [seconds / whole if whole > 0 else np.nan for seconds in columns["seconds"]]
     return xr.Dataset(
         {name: ("table", np.array(column)) for name, column in columns.items()},
         coords={"table": np.array(names, dtype=object)},

@@ -1,4 +1,4 @@
-"""Does a quantity rise or fall over training? A straight line through the measured rows, with an honest error.
+"""Does a quantity rise or fall over training? A straight line through the measured rows, and its error.
 
 The slope's standard error is the larger of two: what the rows' scatter about the line implies (ordinary least
 squares) and what their own measuring errors imply. Four rows and two standard errors make a trend.

@@ -1,4 +1,4 @@
-"""How a number with its error and its basis is written in words: 0.634 ± 0.021 (16 sequences, 1,024 tokens)."""
+"""How a number with its error and its basis is written: 0.634 ± 0.021 (16 sequences, 1,024 tokens)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import xarray as xr
 
 
 def plus_minus(value: float, stderr: float | None, unit: str = "") -> str:
-    """Returns `value ± stderr unit`, with the error to two significant digits and the value to the same place.
+    """Returns `value ± stderr unit`, the error to two significant digits and the value to the same place.
 
     Without an error (None, NaN) the value stands alone with four significant digits.
     """
@@ -16,30 +16,32 @@ def plus_minus(value: float, stderr: float | None, unit: str = "") -> str:
     if not math.isfinite(value):
         return "not measured"
     if stderr is None or not math.isfinite(stderr):
-        return f"{value:.4g}{tail}"
+        return f"{_minus(f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}')}{tail}"
     if stderr <= 0:
-        return f"{value:.4g} ± 0{tail}"
+        return f"{_minus(f'{value:.4g}')} ± 0{tail}"
     places = 1 - math.floor(math.log10(stderr))
     if places > 6:
-        return f"{value:.4g} ± {stderr:.1g}{tail}"
+        return f"{_minus(f'{value:.4g}')} ± {stderr:.1g}{tail}"
     places = max(0, places)
-    return f"{value:.{places}f} ± {stderr:.{places}f}{tail}"
+    return f"{_minus(f'{value:.{places}f}')} ± {stderr:.{places}f}{tail}"
 
 
 def percent(value: float, stderr: float | None = None) -> str:
     """Returns a share in percent, with its error where there is one: `42.1 ± 1.3 %`; exact ones to 0.1 %."""
     if stderr is None or not math.isfinite(stderr):
-        return f"{100 * value:.1f} %" if math.isfinite(value) else "not measured"
+        return f"{_minus(f'{100 * value:.1f}')} %" if math.isfinite(value) else "not measured"
     return plus_minus(100 * value, 100 * stderr, "%")
 
 
 def basis(row: xr.Dataset) -> str:
-    """Returns what one measured row rests on: `16 sequences, 1,024 tokens, damping 0.001`."""
+    """Returns what one measured row rests on: `16 sequences, 1,024 tokens, 8 probes a block, damping 0.001`."""
     said: list[str] = []
     for name in ("sequences", "tokens"):
         count = float(row[name]) if name in row else math.nan
         if math.isfinite(count):
             said.append(f"{int(count):,} {name if count != 1 else name[:-1]}")
+    if samples := row.attrs.get("samples"):
+        said.append(f"{samples} probes a block")
     damping = float(row["damping"]) if "damping" in row else math.nan
     if math.isfinite(damping) and damping > 0:
         said.append(f"damping {damping:.3g}")
@@ -49,3 +51,8 @@ def basis(row: xr.Dataset) -> str:
 def counted(number: int, noun: str) -> str:
     """Returns `1 row`, `2 rows`, `1,000 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _minus(number: str) -> str:
+    # A hyphen in front of a digit reads as a dash in running text.
+    return number.replace("-", "−", 1) if number.startswith("-") else number

@@ -43,7 +43,9 @@ class GaussNewton(ModelOperator):
     def _dual_pass(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         wanted = self.names_in(rows)
         leaves = self.leaves(wanted)
-        z, jv = dual_outputs(self.objective, batch, leaves, self.partition.unflatten(v[0]), self.names_in(columns))
+        z, jv = dual_outputs(
+            self.objective, batch, leaves, self.partition.unflatten(v[0]), self.names_in(columns)
+        )
         pulled = _pull_back(z, [leaves[name] for name in wanted], self._curve(z, batch, jv))
         return self.flatten_rows(dict(zip(wanted, pulled, strict=True)), 1)
 

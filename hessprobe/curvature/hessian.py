@@ -82,6 +82,9 @@ class Hessian(ModelOperator):
                 allow_unused=True,
             )
             seconds.append(
-                {n: torch.zeros_like(leaves[n]) if s is None else s for n, s in zip(wanted, found, strict=True)}
+                {
+                    n: torch.zeros_like(leaves[n]) if s is None else s
+                    for n, s in zip(wanted, found, strict=True)
+                }
             )
         return self.flatten_rows({n: torch.stack([s[n] for s in seconds]) for n in wanted}, v.shape[0])

@@ -133,7 +133,9 @@ class ModelOperator(CurvatureOperator):
             except (RuntimeError, NotImplementedError) as second:
                 raise second from refusal
 
-    def _over_batches(self, product: Callable[..., Tensor], v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+    def _over_batches(
+        self, product: Callable[..., Tensor], v: Tensor, columns: Blocks, rows: Blocks
+    ) -> Tensor:
         total: Tensor | None = None
         with measuring(self.objective.model):
             for batch in self.micro_batches:

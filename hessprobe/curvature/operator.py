@@ -117,7 +117,9 @@ class DifferenceOperator(CurvatureOperator):
 
     def __init__(self, minuend: CurvatureOperator, subtrahend: CurvatureOperator) -> None:
         if minuend.partition != subtrahend.partition:
-            raise UserError("A - B: the two operators have different partitions; build both from one Partition")
+            raise UserError(
+                "A - B: the two operators have different partitions; build both from one Partition"
+            )
         super().__init__(minuend.partition, minuend.dtype, minuend.device)
         self.minuend = minuend
         self.subtrahend = subtrahend

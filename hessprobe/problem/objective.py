@@ -102,7 +102,10 @@ class Objective:
         return torch.stack(values).sum() / self.tokens(listed)
 
     def gradient(
-        self, batches: Batch | list[Batch], partition: Partition, parameters: Mapping[str, Tensor] | None = None
+        self,
+        batches: Batch | list[Batch],
+        partition: Partition,
+        parameters: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the loss (0-d) and its gradient (p,), both detached. Cost: one gradient."""
         listed = self.micro_batches(batches)
@@ -132,7 +135,9 @@ class Objective:
         return {name: source[name].detach().requires_grad_(name in wanted) for name in partition.names}
 
 
-def pull_back(outputs: Tensor, leaves: Mapping[str, Tensor], names: Sequence[str], cotangent: Tensor) -> Tensor:
+def pull_back(
+    outputs: Tensor, leaves: Mapping[str, Tensor], names: Sequence[str], cotangent: Tensor
+) -> Tensor:
     """Returns J^T cotangent for the named leaves as one vector; a leaf the outputs do not depend on gives zeros."""
     inputs = [leaves[name] for name in names]
     grads = torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True)
@@ -211,7 +216,9 @@ def _default_forward(model: nn.Module, batch: Batch) -> Tensor:
 def _default_targets(batch: Batch) -> Tensor:
     if isinstance(batch, Mapping):
         if "labels" not in batch:
-            raise UserError(f"the batch has keys {', '.join(batch)} but no 'labels'; pass targets= to say where they are")
+            raise UserError(
+                f"the batch has keys {', '.join(batch)} but no 'labels'; pass targets= to say where they are"
+            )
         return batch["labels"]
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise UserError(

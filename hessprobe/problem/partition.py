@@ -90,7 +90,9 @@ def _layer_blocks(names: list[str], aliases: Mapping[str, list[str]]) -> tuple[d
     """Assigns each parameter its layer, and lists in words what was not recognised."""
     found = {name: _layer_of(_components(name)) for name in names}
     notes: list[str] = []
-    depths = [int(kind.removeprefix("block.")) for kind in found.values() if kind and kind.startswith("block.")]
+    depths = [
+        int(kind.removeprefix("block.")) for kind in found.values() if kind and kind.startswith("block.")
+    ]
     last = f"block.{max(depths)}" if depths else None
     # The final norm belongs to the last block (the reference study's partition); with no blocks, to the head.
     found = {name: (last or "head") if kind == "final_norm" else kind for name, kind in found.items()}
@@ -107,7 +109,9 @@ def _layer_blocks(names: list[str], aliases: Mapping[str, list[str]]) -> tuple[d
             f"block or head; each takes its module as a block ({', '.join(blocks[:6])}"
             f"{', ...' if len(blocks) > 6 else ''}). Pass a function name -> block to decide yourself."
         )
-    return {n: _fine_name(n, keep_parameter=False) if kind is None else kind for n, kind in found.items()}, notes
+    return {
+        n: _fine_name(n, keep_parameter=False) if kind is None else kind for n, kind in found.items()
+    }, notes
 
 
 def _reading_order(blocks: list[str]) -> list[str]:
@@ -274,5 +278,3 @@ class Partition:
 
     def __len__(self) -> int:
         return len(self.blocks)
-
-

@@ -1,11 +1,15 @@
-"""The page's charts as plotly figures: data in, figure out. Colours are the page's own CSS variables, so a chart
-follows the light or dark scheme; the page's script puts their values in when it draws."""
+"""The page's charts as plotly figures: data in, figure out.
+
+Colours are the page's own CSS variables, so a chart follows the light or dark scheme; the page's script
+puts their values in when it draws.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -20,7 +24,10 @@ ERROR_BARS_UP_TO = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line of a chart over training steps; `stderr` draws error bars, or a band where rows are many."""
+    """One line of a chart over training steps; `stderr` draws error bars, or a band where rows are many.
+
+    With `dots`, for values that jump between a few choices, points alone: of many, evenly spaced ones.
+    """
 
     label: str
     steps: np.ndarray
@@ -29,6 +36,7 @@ class Series:
     color: str = ACCENT
     markers: bool = True
     dash: str = "solid"
+    dots: bool = False
 
 
 def shown(name: str) -> str:
@@ -46,16 +54,29 @@ def drawn_points(values: np.ndarray, limit: int = POINTS_DRAWN) -> np.ndarray:
     return np.unique([0, *np.ravel(ends), values.size - 1])
 
 
+def evenly_spaced(count: int, limit: int) -> np.ndarray:
+    """Returns at most `limit` indices out of `count`, evenly spaced, the last always among them."""
+    if limit < 2:
+        return np.array([count - 1])
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).round().astype(int))
+
+
 def layout(x: str, y: str, **changes) -> go.Layout:
     """Returns the one layout all charts share, with axis titles `x` and `y`."""
-    axis = {"gridcolor": "var(--rule)", "zerolinecolor": "var(--faint)", "linecolor": "var(--rule)", "ticks": ""}
+    axis = {
+        "gridcolor": "var(--rule)",
+        "zerolinecolor": "var(--faint)",
+        "linecolor": "var(--rule)",
+        "ticks": "",
+    }
     base = go.Layout(
         template="none",
         font={"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 52, "r": 10, "t": 26, "b": 40},
-        xaxis=axis | {"title": {"text": x, "standoff": 6}, "automargin": True, "showgrid": False},
+        xaxis=axis
+        | {"title": {"text": x, "standoff": 6}, "automargin": True, "showgrid": False, "zeroline": False},
         yaxis=axis | {"title": {"text": y, "standoff": 8}, "automargin": True},
         legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
         hoverlabel={
@@ -79,10 +100,11 @@ def over_steps(series: Sequence[Series], y: str, y_format: str = ".4g", **change
     """
     figure = go.Figure(layout=layout("step", y, showlegend=len(series) > 1, **changes))
     for line in series:
-        keep = drawn_points(line.values)
+        keep = evenly_spaced(line.values.size, POINTS_DRAWN // 2) if line.dots else drawn_points(line.values)
         x, values = line.steps[keep], line.values[keep]
         errors = None if line.stderr is None else line.stderr[keep]
-        bars = errors is not None and x.size <= ERROR_BARS_UP_TO
+        few = x.size <= ERROR_BARS_UP_TO
+        bars = errors is not None and few
         if errors is not None and not bars:
             edge = {"x": x, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
             figure.add_scatter(**edge, y=values - errors)
@@ -93,16 +115,16 @@ def over_steps(series: Sequence[Series], y: str, y_format: str = ".4g", **change
             y=values,
             customdata=errors,
             name=shown(line.label),
-            mode="lines+markers" if line.markers and x.size <= ERROR_BARS_UP_TO else "lines",
+            mode="markers" if line.dots else "lines+markers" if line.markers and few else "lines",
             line={"color": line.color, "width": 1.8, "dash": line.dash},
-            marker={"size": 6},
+            marker={"size": 6 if few else 3, "color": line.color, "opacity": 1.0 if few else 0.5},
             error_y={"type": "data", "array": errors, "thickness": 1.2, "width": 3} if bars else None,
             hovertemplate=f"{shown(line.label)}<br>step %{{x}}: {said}<extra></extra>",
         )
     return figure
 
 
-def matrix(names: Sequence[str], *, signed: bool, limit: float, hover: str, legend: str, ticks: str) -> go.Figure:
+def matrix(names: Sequence[str], *, signed: bool, limit: float, hover: str, ticks: str) -> go.Figure:
     """Returns an empty block-by-block heatmap; the page's slider fills it with the step it shows.
 
     Args:
@@ -110,7 +132,6 @@ def matrix(names: Sequence[str], *, signed: bool, limit: float, hover: str, lege
         signed: a diverging scale about zero; else a sequential one from zero.
         limit: the scale's end, the same for every step so that steps can be compared.
         hover: what the hover text says of a cell, in plotly's template language.
-        legend: what the colours mean.
         ticks: d3 format of the colour bar's numbers.
     """
     labels = [shown(name) for name in names]
@@ -132,27 +153,29 @@ def matrix(names: Sequence[str], *, signed: bool, limit: float, hover: str, lege
             colorbar={
                 "orientation": "h",
                 "x": 0.5,
-                "y": 1.01,
+                "y": 1.0,
                 "yanchor": "bottom",
                 "thickness": 8,
                 "len": 1.0,
+                "ypad": 4,
                 "outlinewidth": 0,
                 "tickformat": ticks,
                 "nticks": 5,
-                "title": {"text": legend, "side": "top", "font": {"size": 12}},
             },
         ),
-        layout=layout("", "", margin={"l": 40, "r": 10, "t": 54, "b": 40}),
+        layout=layout("", "", margin={"l": 20, "r": 10, "t": 30, "b": 20}),
     )
     # Few blocks: name each. Many: let plotly choose which, or the labels would run into each other.
-    every = {"tickvals": labels, "ticktext": short} if len(labels) <= 40 else {}
-    figure.update_xaxes(type="category", tickangle=-90 if len(labels) > 6 else 0, **every)
-    figure.update_yaxes(type="category", autorange="reversed", showgrid=False, **every)
+    axis: dict[str, Any] = {"type": "category", "title": None, "showgrid": False}
+    if len(labels) <= 40:
+        axis |= {"tickvals": labels, "ticktext": short}
+    figure.update_xaxes({**axis, "autotickangles": [0, -90]})
+    figure.update_yaxes({**axis, "autorange": "reversed"})
     return figure
 
 
 def by_distance() -> go.Figure:
-    """Returns an empty chart of coupling against layer distance: every pair a dot, means with their errors."""
+    """Returns an empty chart of coupling against layer distance: every pair a dot, means with errors."""
     figure = go.Figure(layout=layout("layers apart", "coupling", showlegend=True))
     figure.add_scatter(
         mode="markers",

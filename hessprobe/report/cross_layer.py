@@ -3,73 +3,75 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis import coupling_by_distance, cross_share, curvature_shares, off_block_energy
+from hessprobe.analysis import coupling, coupling_by_distance, cross_share, curvature_shares, off_block_energy
 from hessprobe.analysis.coupling import depths
 from hessprobe.analysis.rows import failed_rows, sound_rows
 from hessprobe.analysis.wording import basis
-from hessprobe.report.charts import ACCENT, SECOND, Series, by_distance, matrix, over_steps
+from hessprobe.report.charts import ACCENT, SECOND, Series, by_distance, evenly_spaced, matrix, over_steps
 from hessprobe.report.section import Section, table_or_reason
 
-# Numbers the slider can show, all steps together: 4 bytes each, a third more as base64, so about 6 MB of page.
+# Numbers the slider can show, all steps together: 4 bytes each, a third more as base64: about 6 MB of page.
 NUMBERS_KEPT = 1_200_000
 DIRECTIONS = {"update": "the update", "negative_gradient": "−gradient"}
-MATRIX_HOVER = "%{z:.3g} ± %{customdata:.2g}"
+SHOWN_DIMENSIONS = ("step", "direction", "block", "other_block")
 
 
 def cross_layer(run: xr.DataTree) -> Section:
     """Returns the section on cross-layer importance, or one that says which flag records it."""
+    section = partial(
+        Section, name="cross_layer", title="Cross-layer importance", template="cross_layer.html.j2"
+    )
     table, reason = table_or_reason(run, "cross_layer")
-    name = {"name": "cross_layer", "title": "Cross-layer importance", "template": "cross_layer.html.j2"}
     if table is None:
-        return Section(**name, missing=reason)
-    table = table.load()
-    rows = sound_rows(table, "coupling")
+        return section(missing=reason)
+    # Only what is shown: other variables (layer kernels) can be far larger than memory.
+    table = table.drop_dims([dim for dim in table.dims if dim not in SHOWN_DIMENSIONS]).load()
+    rows, failed = sound_rows(table, "coupling"), failed_rows(table)
     if rows.sizes["step"] == 0:
-        return Section(**name, missing="No row of the table 'cross_layer' holds a number yet.", failed=failed_rows(table))
+        return section(missing="No row of the table 'cross_layer' holds a number yet.", failed=failed)
     frames = _frames(rows)
-    off_diagonal = _without_diagonal(rows["coupling"].values)
-    charts = {
-        "coupling": matrix(
-            rows["block"].values, signed=False, limit=_scale_end(off_diagonal), hover=f"coupling {MATRIX_HOVER}",
-            legend="coupling", ticks=".2~g",
-        ),
-        "distance": by_distance(),
-    }  # fmt: skip
-    if "off_block_energy" in table:
-        charts["off_block_energy"] = _energy_chart(table)
-    shares = _shares(rows)
-    if shares is not None:
-        charts["shares"] = matrix(
-            rows["block"].values, signed=True, limit=_scale_end(np.abs(shares.values)),
-            hover="%{z:.3p} of d·Gd", legend="share of d·Gd", ticks=".0%",
-        )  # fmt: skip
-        charts["cross_share"] = _share_chart(table)
-    last = rows.isel(step=-1)
-    gap = float(np.nanmax(rows["symmetry_gap"].values)) if _any(rows, "symmetry_gap") else None
     content = {
         "directions": {key: words for key, words in DIRECTIONS.items() if f"share.{key}" in frames["stacks"]},
         "measured": rows.sizes["step"],
         "kept": len(frames["steps"]),
-        "basis": basis(last),
-        "symmetry_gap": gap,
+        "basis": basis(rows.isel(step=-1)),
+        "symmetry_gap": _largest(rows, "symmetry_gap"),
         "has_distance": bool(np.isfinite(depths(rows["block"].values)).sum() > 1),
     }
-    return Section(**name, content=content, charts=charts, frames=frames, failed=failed_rows(table))
+    return section(content=content, charts=_charts(table, rows), frames=frames, failed=failed)
+
+
+def _charts(table: xr.Dataset, rows: xr.Dataset) -> dict[str, go.Figure]:
+    names, values = rows["block"].values.tolist(), rows["coupling"].values
+    off_diagonal = np.where(np.eye(len(names), dtype=bool), np.nan, values)
+    end, hover = _scale_end(off_diagonal), "coupling %{z:.3g} ± %{customdata:.2g}"
+    charts = {
+        "coupling": matrix(names, signed=False, limit=end, hover=hover, ticks=".2~g"),
+        "distance": by_distance(),
+    }
+    energy = off_block_energy(table)
+    if energy.sizes["step"]:
+        charts["off_block_energy"] = _energy_chart(energy)
+    shares = _shares(rows)
+    if shares is not None:
+        end, hover = _typical_end(np.abs(shares.values)), "%{z:.3p} of d·Gd"
+        charts["shares"] = matrix(names, signed=True, limit=end, hover=hover, ticks=".0%")
+        charts["cross_share"] = _share_chart(table)
+    return charts
 
 
 def _frames(rows: xr.Dataset) -> dict[str, Any]:
-    """Returns what the slider shows: each matrix of every kept step as packed float32, and the pairs' distances."""
+    """Returns what the slider shows: the matrices of every kept step as packed float32, means by distance."""
     blocks = [str(block) for block in rows["block"].values]
     shares = _shares(rows)
-    stacks: dict[str, np.ndarray] = {
-        "coupling": rows["coupling"].values,
-        "coupling_stderr": rows["coupling_stderr"].values,
-    }
+    stacks: dict[str, np.ndarray] = {str(name): part.values for name, part in coupling(rows).items()}
     if shares is not None:
         stacks |= {
             f"share.{direction}": shares.sel(direction=direction).values
@@ -77,8 +79,7 @@ def _frames(rows: xr.Dataset) -> dict[str, Any]:
             if direction in shares["direction"].values
         }
     most = max(1, NUMBERS_KEPT // (len(stacks) * len(blocks) ** 2))
-    total = rows.sizes["step"]
-    kept = np.unique(np.linspace(0, total - 1, min(most, total)).round().astype(int)) if most > 1 else [total - 1]
+    kept = evenly_spaced(rows.sizes["step"], most)
     where = depths(rows["block"].values)
     means = coupling_by_distance(rows.isel(step=kept))
     return {
@@ -105,8 +106,8 @@ def _any(rows: xr.Dataset, variable: str) -> bool:
     return variable in rows and bool(np.isfinite(rows[variable].values).any())
 
 
-def _without_diagonal(stack: np.ndarray) -> np.ndarray:
-    return np.where(np.eye(stack.shape[-1], dtype=bool), np.nan, stack)
+def _largest(rows: xr.Dataset, variable: str) -> float | None:
+    return float(np.nanmax(rows[variable].values)) if _any(rows, variable) else None
 
 
 def _scale_end(values: np.ndarray) -> float:
@@ -115,8 +116,17 @@ def _scale_end(values: np.ndarray) -> float:
     return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
 
 
-def _energy_chart(table: xr.Dataset):
-    energy = off_block_energy(table)
+def _typical_end(values: np.ndarray) -> float:
+    """Returns the median over steps of the largest value.
+
+    Where terms nearly cancel, one step's shares can be a hundred times another's; on a scale that reached
+    them the other steps would look blank.
+    """
+    largest = np.where(np.isfinite(values), values, 0.0).max(axis=(-2, -1))
+    return float(np.median(largest[largest > 0])) if (largest > 0).any() else 1.0
+
+
+def _energy_chart(energy: xr.Dataset) -> go.Figure:
     series = Series(
         label="off-block energy",
         steps=energy["step"].values,
@@ -126,7 +136,7 @@ def _energy_chart(table: xr.Dataset):
     return over_steps([series], "off-block energy")
 
 
-def _share_chart(table: xr.Dataset):
+def _share_chart(table: xr.Dataset) -> go.Figure:
     rows = sound_rows(table, "step_curvature")
     shares = cross_share(rows["step_curvature"])
     looks = {"update": (ACCENT, "solid"), "negative_gradient": (SECOND, "dot")}

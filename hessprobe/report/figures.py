@@ -1,9 +1,12 @@
-"""Figures for a paper: one style, column width, text that stays text in PDF, colours that colour-blind readers can
-tell apart. Each function returns the figure and the data drawn in it."""
+"""Figures for a paper: one style, column width, text that stays text in PDF, colour-blind-safe colours.
+
+Each function returns the figure and the data drawn in it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +19,7 @@ from hessprobe.errors import UserError
 
 COLUMN = 3.35  # inches: one column of a two-column page
 ACCENT, SECOND = "#0b6a88", "#b35806"
-STYLE: dict[str, object] = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -34,7 +37,10 @@ STYLE: dict[str, object] = {
     "pdf.fonttype": 42,  # embeds the font: text in the PDF can be searched and edited
     "savefig.dpi": 300,
 }
-DIRECTIONS = {"update": ("along the update", ACCENT, "-"), "negative_gradient": ("along −gradient", SECOND, "--")}
+DIRECTIONS = {
+    "update": ("along the update", ACCENT, "-"),
+    "negative_gradient": ("along −gradient", SECOND, "--"),
+}
 
 
 def coupling_heatmap(run: xr.DataTree, step: int | None = None) -> tuple[Figure, xr.Dataset]:
@@ -68,7 +74,7 @@ def coupling_heatmap(run: xr.DataTree, step: int | None = None) -> tuple[Figure,
 
 
 def cross_share_over_training(run: xr.DataTree) -> tuple[Figure, xr.DataArray]:
-    """Returns the share of d.Gd between layers over training, drawn, and the shares drawn (step, direction)."""
+    """Returns the share of d.Gd between layers over training, drawn, and those shares (step, direction)."""
     rows = sound_rows(_table(run, "cross_layer"), "step_curvature")
     if rows.sizes["step"] == 0:
         raise UserError("no row of the table 'cross_layer' holds a step_curvature; nothing to draw")
@@ -96,7 +102,9 @@ def loss_curve(run: xr.DataTree) -> tuple[Figure, xr.Dataset]:
         axes.plot(curve["step"], curve["loss"], color="#999999", label="training")
         if "held_out_loss" in curve:
             held_out = curve["held_out_loss"].dropna("step")
-            axes.plot(held_out["step"], held_out, color=ACCENT, marker=_marker(held_out.size), label="held out")
+            axes.plot(
+                held_out["step"], held_out, color=ACCENT, marker=_marker(held_out.size), label="held out"
+            )
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats per token)")
         axes.legend()

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import plotly.io
 import xarray as xr
@@ -20,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from hessprobe.analysis import findings, open_run
 from hessprobe.analysis.wording import percent, plus_minus
 from hessprobe.report.cross_layer import cross_layer
-from hessprobe.report.provenance import provenance
+from hessprobe.report.provenance import provenance, said_time
 from hessprobe.report.section import Section
 from hessprobe.report.training import costs, training
 
@@ -70,10 +72,9 @@ def render(run: xr.DataTree, name: str) -> str:
     environment.filters |= {"percent": percent, "number": plus_minus}
     return environment.get_template("page.html.j2").render(
         name=name,
-        attributes=run.attrs,
         findings=findings(run),
         sections=sections,
-        written=datetime.now(UTC).isoformat(timespec="seconds"),
+        subtitle=_subtitle(run.attrs, datetime.now(UTC)),
         charts=_script_json(sections),
         frames={section.name: section.frames for section in sections if section.frames},
         source=_source,
@@ -84,10 +85,19 @@ def render(run: xr.DataTree, name: str) -> str:
 def _script_json(sections: list[Section]) -> Markup:
     """Returns the charts as JSON that is safe inside a script element: plotly escapes <, > and / in it."""
     charts = {name: figure for section in sections for name, figure in section.charts.items()}
-    entries = (f"{json.dumps(name)}:{plotly.io.to_json(figure, validate=False)}" for name, figure in charts.items())
+    entries = (
+        f"{json.dumps(name)}:{plotly.io.to_json(figure, validate=False)}" for name, figure in charts.items()
+    )
     return Markup("{" + ",".join(entries) + "}")
 
 
 def _source(name: str) -> Markup:
     """Returns a file of this package's templates as it stands (our own style and script, no user's text)."""
     return Markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
+
+
+def _subtitle(attributes: Mapping[Any, Any], now: datetime) -> list[str]:
+    facts = [str(attributes[key]) for key in ("device",) if attributes.get(key)]
+    if created := attributes.get("created"):
+        facts.append(f"run begun {said_time(str(created))}")
+    return [*facts, f"page written {said_time(now.isoformat())}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
 import xarray as xr
@@ -12,29 +13,39 @@ from hessprobe.report.section import Section
 
 
 def provenance(run: xr.DataTree) -> Section:
-    """Returns the section on provenance, from the run's root attributes alone; what is absent is said to be."""
+    """Returns the section on provenance, from the run's root attributes; what is absent is said to be."""
     attributes = run.attrs
-    data, versions = _decoded(attributes.get("data")), _decoded(attributes.get("versions"))
+    data, versions = decoded(attributes.get("data")), decoded(attributes.get("versions"))
     facts = {
-        "created": attributes.get("created"),
+        "created": said_time(str(attributes.get("created") or "")),
         "device": attributes.get("device"),
         "seed": attributes.get("seed"),
         "commit": attributes.get("git_commit"),
         "schema version": attributes.get("schema_version"),
     }
-    facts |= {f"data: {key}": value for key, value in _flat(data, "")}
-    partition = {name: int(count) for name, count in _decoded(attributes.get("partition")).items()}
+    facts |= {f"data: {key}": f"{v:,}" if isinstance(v, int) else v for key, v in _flat(data, "")}
+    partition = {name: int(count) for name, count in decoded(attributes.get("partition")).items()}
     content = {
         "facts": {key: "not recorded" if value in (None, "") else value for key, value in facts.items()},
         "versions": versions,
         "partition": partition,
         "parameters": sum(partition.values()),
-        "recipe": dict(_flat(_decoded(attributes.get("recipe")), "")),
+        "recipe": dict(_flat(decoded(attributes.get("recipe")), "")),
     }
     return Section(name="provenance", title="Provenance", template="provenance.html.j2", content=content)
 
 
-def _decoded(value: Any) -> dict[str, Any]:
+def said_time(moment: str) -> str:
+    """Returns an ISO time as `2026-01-05 10:00 UTC`; text that is no time stands as it is."""
+    try:
+        parsed = datetime.fromisoformat(moment)
+    except ValueError:
+        return moment
+    zone = " UTC" if parsed.utcoffset() == timedelta(0) else f"{parsed: %z}".rstrip()
+    return f"{parsed:%Y-%m-%d %H:%M}{zone}"
+
+
+def decoded(value: Any) -> dict[str, Any]:
     """Returns a JSON attribute as a dict; text that is no JSON object stands as it is, under its own name."""
     if isinstance(value, Mapping):
         return dict(value)

@@ -9,9 +9,13 @@ from typing import Any
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis import require_table
 from hessprobe.analysis.rows import failed_rows
-from hessprobe.errors import UserError
+from hessprobe.store.reader import recorded_probes
+
+RECORDED_BY = {
+    "train": "hessprobe train",
+    "cross_layer": "hessprobe train --probe cross_layer",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +34,18 @@ class Section:
 
 def table_or_reason(run: xr.DataTree, name: str) -> tuple[xr.Dataset | None, str]:
     """Returns a table, or None and a line saying why there is nothing to show and which flag records it."""
-    try:
-        table = require_table(run, name)
-    except UserError as error:
-        return None, str(error)
-    dataset = table.to_dataset() if isinstance(table, xr.DataTree) else table
+    if name not in run.children:
+        recorded = recorded_probes(run)
+        had = f"; this run was recorded with --probe {' '.join(recorded)}" if recorded else ""
+        return (
+            None,
+            f"This run holds no table {name!r}. {RECORDED_BY.get(name, f'--probe {name}')} records it{had}.",
+        )
+    dataset = run[name].to_dataset()
     failed = failed_rows(dataset)
     if dataset.sizes.get("step", 0) == 0:
         return None, f"The table {name!r} holds no recorded row yet."
     if len(failed) == dataset.sizes["step"]:
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in list(failed.items())[:3])
-        return None, f"All {len(failed)} rows of the table {name!r} failed ({reasons})."
+        return None, f"No row of the table {name!r} could be measured ({reasons})."
     return dataset, ""

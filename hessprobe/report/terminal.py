@@ -1,4 +1,4 @@
-"""A run's tables in the terminal: where training stands, and what the last measured row says about its layers."""
+"""A run's tables in the terminal: where training stands, and what the last measured row says of layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def show(run: Path, console: Console, tables: Sequence[str] = (), limit: int = 6
     """
     tree = open_run(run)
     wanted = list(tables) or sorted(tree.children, key=lambda name: (name != "train", name))
-    opened = {name: require_table(tree, name) for name in wanted}  # a wrong name must not leave half an answer
+    opened = {
+        name: require_table(tree, name) for name in wanted
+    }  # a wrong name must not leave half an answer
     title = str(tree.attrs.get("name") or run.resolve().name)
     console.print(f"[bold {ACCENT}]{escape(title)}[/]  {escape(str(tree.attrs.get('device', '')))}")
     if not opened:
@@ -52,7 +54,10 @@ def show(run: Path, console: Console, tables: Sequence[str] = (), limit: int = 6
             console.print(f"step {step} failed: {escape(reason)}", style="yellow", highlight=False)
     if not tables:
         for finding in findings(tree):
-            console.print(f"\n[{ACCENT}]•[/] {escape(finding.sentence)} [dim]({escape(finding.basis)})[/]", highlight=False)
+            console.print(
+                f"\n[{ACCENT}]•[/] {escape(finding.sentence)} [dim]({escape(finding.basis)})[/]",
+                highlight=False,
+            )
 
 
 def _ends(table: xr.Dataset, columns: Sequence[str], limit: int) -> Table:
@@ -99,7 +104,8 @@ def _show_cross_layer(table: xr.Dataset, console: Console) -> None:
     if sound_rows(table, "step_curvature").sizes["step"]:
         shares = cross_share(whole["step_curvature"])
         facts += [
-            f"cross share along {str(direction).replace('_', ' ')}  {percent(float(shares.sel(direction=direction)))}"
+            f"cross share along {str(direction).replace('_', ' ')}  "
+            f"{percent(float(shares.sel(direction=direction)))}"
             for direction in shares["direction"].values
         ]
     facts.append(
@@ -111,21 +117,27 @@ def _show_cross_layer(table: xr.Dataset, console: Console) -> None:
 
 
 def _matrix(row: xr.Dataset, width: int) -> list[Table]:
-    """Returns the coupling of every pair with its error, or, where that is too wide, bare values by number."""
+    """Returns the coupling of every pair with its error; where that is too wide, bare values and ranks."""
     names = [escape(str(name)) for name in row["block"].values]
     values, errors = row["coupling"].values, row["coupling_stderr"].values
     cells = [
         [plus_minus(float(values[i, j]), float(errors[i, j])) if j > i else "" for j in range(len(names))]
         for i in range(len(names))
     ]
-    widths = [max(len(names[j]), *(len(row_cells[j]) for row_cells in cells)) + 2 for j in range(1, len(names))]
+    widths = [
+        max(len(names[j]), *(len(row_cells[j]) for row_cells in cells)) + 2 for j in range(1, len(names))
+    ]
     fits = sum(widths) + max(len(name) for name in names) <= width
     shown = Table(box=None, pad_edge=False, header_style="dim", title="coupling", title_justify="left")
     shown.add_column("")
     for j, name in enumerate(names[1:], start=1):
         shown.add_column(name if fits else str(j), justify="right", no_wrap=True)
     for i, name in enumerate(names if not fits else names[:-1]):
-        numbers = cells[i] if fits else [f"{values[i, j]:.2f}"[-3:] if j > i else "" for j in range(len(names))]
+        numbers = (
+            cells[i]
+            if fits
+            else [f"{values[i, j]:.2f}".replace("0.", ".", 1) if j > i else "" for j in range(len(names))]
+        )
         shown.add_row(name if fits else f"{i} {name}", *numbers[1:])
     return [shown] if fits else [shown, _pairs(row)]
 
@@ -137,5 +149,7 @@ def _pairs(row: xr.Dataset) -> Table:
     pairs = strongest_pairs(row, count=16)
     for i in range(pairs.sizes["pair"]):
         names = (escape(str(pairs[side].values[i])) for side in ("block", "other_block"))
-        shown.add_row(*names, plus_minus(float(pairs["coupling"].values[i]), float(pairs["coupling_stderr"].values[i])))
+        shown.add_row(
+            *names, plus_minus(float(pairs["coupling"].values[i]), float(pairs["coupling_stderr"].values[i]))
+        )
     return shown

@@ -1,6 +1,10 @@
-"""The page's sections on training (losses, step sizes, predicted against real decrease) and on what measuring cost."""
+"""The page's sections on training (losses, step sizes, predicted and real decrease) and measuring's cost."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
 
 import numpy as np
 import plotly.graph_objects as go
@@ -9,56 +13,71 @@ import xarray as xr
 from hessprobe.analysis import loss_curve, measuring_costs, summarize_training
 from hessprobe.analysis.rows import failed_rows, sound_rows
 from hessprobe.report.charts import ACCENT, SECOND, Series, over_steps
+from hessprobe.report.provenance import decoded
 from hessprobe.report.section import Section, table_or_reason
 
 
 def training(run: xr.DataTree) -> Section:
     """Returns the section on training."""
-    name = {"name": "training", "title": "Training", "template": "training.html.j2"}
+    section = partial(Section, name="training", title="Training", template="training.html.j2")
     table, reason = table_or_reason(run, "train")
     if table is None:
-        return Section(**name, missing=reason)
+        return section(missing=reason)
     summary = summarize_training(table)
     if summary is None:
-        return Section(**name, missing="No step of the table 'train' holds a loss yet.", failed=failed_rows(table))
+        return section(missing="No step of the table 'train' holds a loss yet.", failed=failed_rows(table))
     curve = loss_curve(table)
-    losses = [_series(curve, "loss", "training loss", SECOND)]
+    losses = [replace(_series(curve, "loss", "training loss", SECOND), markers=False)]
     if "held_out_loss" in curve:
         losses.append(_series(curve, "held_out_loss", "held-out loss", ACCENT))
     charts = {"loss": over_steps([line for line in losses if line.values.size], "loss, nats per token")}
-    step_size = _series(table, "step_size", "step size", ACCENT)
+    step_size = replace(_series(table, "step_size", "step size", ACCENT), dots=True)
     if step_size.values.size:
         charts["step_size"] = over_steps([step_size], "step size", yaxis_rangemode="tozero")
     decreases = [
         _series(table, "actual_decrease", "real", ACCENT),
-        _series(table, "predicted_decrease", "predicted by the model", SECOND, dash="dot"),
+        replace(_series(table, "predicted_decrease", "predicted by the model", SECOND), dash="dot"),
     ]
     if all(line.values.size for line in decreases):
         charts["decrease"] = over_steps(decreases, "decrease, nats per token")
-    return Section(**name, content={"summary": summary}, charts=charts, failed=failed_rows(table))
+    return section(
+        content={"summary": summary, "planned": _planned(run)}, charts=charts, failed=failed_rows(table)
+    )
 
 
 def costs(run: xr.DataTree) -> Section:
     """Returns the section on the costs of measuring."""
-    name = {"name": "costs", "title": "Costs of measuring", "template": "costs.html.j2"}
+    section = partial(Section, name="costs", title="Costs of measuring", template="costs.html.j2")
     table = measuring_costs(run)
     if table.sizes["table"] == 0:
         reason = table_or_reason(run, "cross_layer")[1] or "No table of this run holds costs."
-        return Section(**name, missing=reason)
+        return section(missing=reason)
+    names = [str(name) for name in table["table"].values]
     rows = [
-        {"table": str(table["table"].values[i])} | {str(key): float(column.values[i]) for key, column in table.items()}
-        for i in range(table.sizes["table"])
+        {"table": name, **{str(key): float(column.values[i]) for key, column in table.items()}}
+        for i, name in enumerate(names)
     ]
-    series = [_series(run[row["table"]].to_dataset(), "seconds", row["table"], ACCENT) for row in rows]
+    colors = cycle((ACCENT, SECOND, "var(--negative)"))
+    series = [
+        _series(run[name].to_dataset(), "seconds", name, color)
+        for name, color in zip(names, colors, strict=False)
+    ]
     series = [line for line in series if line.values.size]
     charts: dict[str, go.Figure] = {}
     if series:
         charts["seconds"] = over_steps(series, "seconds per row", yaxis_rangemode="tozero")
     share = float(table["share_of_run"].sum(skipna=False))
-    return Section(**name, content={"rows": rows, "share": share if np.isfinite(share) else None}, charts=charts)
+    return section(content={"rows": rows, "share": share if np.isfinite(share) else None}, charts=charts)
 
 
-def _series(table: xr.Dataset, variable: str, label: str, color: str, dash: str = "solid") -> Series:
+def _planned(run: xr.DataTree) -> int | None:
+    """Returns how many steps the run's recipe asks for; None where it does not say."""
+    planned = decoded(run.attrs.get("recipe")).get("training")
+    steps = planned.get("steps") if isinstance(planned, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
+def _series(table: xr.Dataset, variable: str, label: str, color: str) -> Series:
     rows = sound_rows(table, variable)
     values = rows[variable].values.astype(float) if variable in rows else np.empty(0)
-    return Series(label=label, steps=rows["step"].values, values=values, color=color, dash=dash)
+    return Series(label=label, steps=rows["step"].values, values=values, color=color)

@@ -1,4 +1,4 @@
-"""The waist of the package: labelled tables in, zarr on disk, xarray out. Nothing here or after it needs torch."""
+"""The waist of the package: labelled tables in, zarr on disk, xarray out; nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Loaded on first use: a probe that only declares a table must not pay for zarr (0.6 s) and xarray (1.6 s).
+    # Loaded on first use: a probe that only declares a table does not pay for zarr and xarray (1.6 s).
     if name == "RunWriter":
         from hessprobe.store import writer
 

@@ -1,7 +1,7 @@
 """How a table comes to lie on disk: whole, in one move, so that no instant shows half of one.
 
-A table is built in a folder beside log.zarr and renamed into place; a grown table is built there from hard links
-to the chunks it keeps, and the two directories are exchanged (Linux renameat2, RENAME_EXCHANGE).
+A table is built in a folder beside log.zarr and renamed into place; a grown table is built there from hard
+links to the chunks it keeps, and the two directories are exchanged (Linux renameat2, RENAME_EXCHANGE).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import zarr
@@ -27,7 +27,6 @@ from hessprobe.store.schema import (
     GROWTH_ROWS,
     STEP,
     Table,
-    Variable,
     bookkeeping_variables,
 )
 
@@ -36,42 +35,49 @@ _ASIDE = ".aside"
 
 
 def create_table(folder: Path, table: Table, steps: Sequence[int] | None) -> None:
-    """Lays out folder/log.zarr/TABLE for the given steps, or for a first block of rows if they are unknown."""
+    """Lays out folder/log.zarr/TABLE for the given steps, or a first block of rows if they are unknown."""
     building = folder / BUILDING / table.name
     shutil.rmtree(building, ignore_errors=True)
     group = zarr.create_group(building, attributes={**table.attributes, GROWS: steps is None})
     rows = GROWTH_ROWS if steps is None else len(steps)
     for dim, labels in table.coordinates.items():
         values = np.asarray(labels)
-        long_name = DIMENSIONS.get(dim, dim.replace("_", " "))
+        attributes: dict[str, Any] = {"long_name": DIMENSIONS.get(dim, dim.replace("_", " ")), "units": "1"}
         # Fixed-width text would be outside the zarr v3 specification; `str` is variable-length UTF-8.
-        dtype = str if values.dtype.kind in "UTO" else values.dtype
-        _create_array(group, dim, (dim,), values.shape, values.shape, dtype, None, {"long_name": long_name, "units": "1"})
-        group[dim][:] = values.astype(object) if dtype is str else values  # pyright: ignore
-    attributes = {"long_name": DIMENSIONS[STEP], "units": "steps"}
-    if steps is None:
-        attributes["comment"] = (
-            "-1: a row laid out in advance that no step has reached; the table grows by whole blocks of rows. "
-            "Keep the rows where `recorded` is true."
-        )
-    chunk = table.chunk_rows(Variable(name=STEP, dims=(STEP,), units="", long_name="", estimator="", dtype="int64"))
-    _create_array(group, STEP, (STEP,), (rows,), (chunk if steps is None else max(1, rows),), "int64", -1, attributes)
-    if steps is not None:
-        group[STEP][:] = np.asarray(steps, dtype=np.int64)  # pyright: ignore
+        kind = str if values.dtype.kind in "UTO" else values.dtype
+        group.create_array(
+            dim,
+            shape=values.shape,
+            dtype=kind,
+            compressors=None,
+            dimension_names=(dim,),
+            attributes=attributes,
+        )[:] = values.astype(object) if kind is str else values
     for variable in (*table.variables, *bookkeeping_variables()):
-        inner = table.row_shape(variable)
-        chunk = table.chunk_rows(variable) if steps is None else max(1, min(table.chunk_rows(variable), rows))
-        _create_array(group, variable.name, variable.dims, (rows, *inner), (chunk, *inner),
-                      str if variable.dtype == "str" else variable.dtype, FILL_VALUES[variable.dtype],
-                      variable.attributes)  # fmt: skip
+        inner, chunk = table.row_shape(variable), table.chunk_rows(variable)
+        # Uncompressed: numbers with random last digits hardly shrink, and a chunk of constant size can be
+        # rewritten in place with nothing but the row in hand changing (store.rows.RowStore).
+        group.create_array(
+            variable.name,
+            shape=(rows, *inner),
+            chunks=(chunk if steps is None else max(1, min(chunk, rows)), *inner),
+            dtype=str if variable.dtype == "str" else variable.dtype,
+            fill_value=FILL_VALUES[variable.dtype],
+            compressors=None,
+            dimension_names=variable.dims,
+            attributes=variable.attributes,
+        )
+    if steps is None:
+        group[STEP].attrs["comment"] = (
+            "-1: a row laid out in advance that no step has reached yet. Keep rows where `recorded` is true"
+        )
+    else:
+        _label(group, steps)
     os.rename(building, folder / LOG / table.name)
 
 
-def _create_array(group, name, dims, shape, chunks, dtype, fill, attributes) -> None:
-    # Uncompressed: numbers with random last digits hardly shrink, and a chunk of constant size can be rewritten
-    # in place with nothing but the row in hand changing (writer.RowStore).
-    group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, fill_value=fill, compressors=None,
-                       dimension_names=dims, attributes=attributes)  # fmt: skip
+def _label(group: zarr.Group, steps: Sequence[int]) -> None:
+    cast(zarr.Array, group[STEP])[:] = np.asarray(steps, dtype=np.int64)
 
 
 def grow_table(folder: Path, name: str, rows: int, steps: Sequence[int] | None = None) -> None:
@@ -81,18 +87,20 @@ def grow_table(folder: Path, name: str, rows: int, steps: Sequence[int] | None =
     """
     table, building = folder / LOG / name, folder / BUILDING / name
     shutil.rmtree(building, ignore_errors=True)
+    # A `*.partial` is what a kill left of zarr's write-and-rename.
     shutil.copytree(table, building, copy_function=_link, ignore=shutil.ignore_patterns("*.partial"))
     group = zarr.open_group(building, mode="r+", use_consolidated=False)
     for _, array in group.arrays():
-        if array.metadata.dimension_names[0] == STEP:  # pyright: ignore
+        if dimensions(array)[0] == STEP:
             array.resize((rows, *array.shape[1:]))
     if steps is not None:
-        group[STEP][:] = np.asarray(steps, dtype=np.int64)  # pyright: ignore
+        _label(group, steps)
     exchange(building, table)
 
 
 def _link(source: str, target: str) -> None:
-    # zarr never changes a metadata file in place, it renames a new one over it, so a link is as good as a copy.
+    # zarr renames a new file over metadata and text, so their links part; chunks of numbers are rewritten in
+    # place through both names, which both tables want: a row belongs to the old and to the grown one.
     try:
         os.link(source, target)
     except OSError as error:
@@ -102,9 +110,9 @@ def _link(source: str, target: str) -> None:
 
 
 def exchange(building: Path, table: Path) -> None:
-    """Swaps two directories, atomically where the system can; the old table then lies where the new one was built.
+    """Swaps two directories, atomically where the system can; the old table ends where the new one was built.
 
-    The old one is left there until the next growth or the end, for readers that had just begun to open it.
+    It is left there until the next growth or the end, for readers that had just begun to open it.
     """
     if _rename_exchange(building, table):
         return
@@ -117,8 +125,9 @@ def exchange(building: Path, table: Path) -> None:
             os.rename(building, table)
             return
         except OSError as error:
-            # A reader found the table missing and put the old one back first.
+            # Not empty: a reader found the table missing and put the old one back first.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                os.rename(aside, table)
                 raise
     raise OSError(errno.EBUSY, "readers keep restoring the table", str(table))
 
@@ -161,16 +170,16 @@ def dimensions(array: Any) -> tuple[str, ...]:
     return tuple(array.metadata.dimension_names)
 
 
-def dtype(array: Any) -> str:
+def dtype_name(array: Any) -> str:
     """The dtype of a zarr array by the schema's name: "str" for text of any representation."""
     native = array.metadata.data_type.to_native_dtype()
     return "str" if native.kind in "TOU" else native.name
 
 
 def differences(on_disk: Mapping[str, Any], table: Table) -> list[str]:
-    """Returns how a declared table differs from the one on disk, a phrase each; wording (long_name) may differ."""
+    """Returns how a declared table differs from the one on disk, a phrase each; long_name is only wording."""
     declared = {variable.name: variable for variable in (*table.variables, *bookkeeping_variables())}
-    labels = {*table.coordinates, STEP}
+    labels = set(table.coordinates)
     found = []
     if gone := sorted(set(on_disk) - set(declared) - labels):
         found.append(f"it also has {', '.join(gone)}")
@@ -178,7 +187,7 @@ def differences(on_disk: Mapping[str, Any], table: Table) -> list[str]:
         found.append(f"it lacks {', '.join(new)}")
     for name in sorted(set(declared) & set(on_disk)):
         variable, array = declared[name], on_disk[name]
-        was = (dimensions(array), dtype(array), array.attrs.get("units"), array.attrs.get("estimator"))
+        was = (dimensions(array), dtype_name(array), array.attrs.get("units"), array.attrs.get("estimator"))
         now = (variable.dims, variable.dtype, variable.units, variable.estimator)
         if was != now:
             found.append(f"{name}: {_phrase(was)} there, {_phrase(now)} now")

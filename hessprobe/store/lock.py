@@ -19,9 +19,9 @@ LOCK = ".log.zarr.lock"
 class RunLock:
     """The right to write to the run in a folder, until `release` or the end of the process, kill -9 included.
 
-    A POSIX record lock: data-loading workers forked from the process do not inherit it, so an orphan of a killed
-    run cannot keep it from being resumed; and the same process may take it again after a writer it lost.
-    UserError if another process holds it.
+    A POSIX record lock: data-loading workers forked from the process do not inherit it, so an orphan of a
+    killed run cannot keep it from being resumed; and the same process may take it again after a writer it
+    lost. UserError if another process holds it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,8 +35,8 @@ class RunLock:
                 os.close(file)
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise UserError(
-                        f"another process is writing to the run in {folder}; wait until it has ended, or give "
-                        "another folder"
+                        f"another process is writing to the run in {folder}; wait until it has ended, "
+                        "or give another folder"
                     ) from error
                 return  # a file system without locks
             if self._is_current(file):

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import zarr
 
@@ -14,12 +15,12 @@ from hessprobe.errors import UserError
 from hessprobe.store.schema import SCHEMA_VERSION
 
 LOG = "log.zarr"
-# What is being built lies here, on the same file system but outside the log, until one rename makes it part of it.
+# What is being built lies here, on the same file system but outside the log, until one rename moves it in.
 BUILDING = ".log.zarr.building"
 
 
 def create_log(folder: Path, attributes: Mapping[str, object]) -> None:
-    """Makes folder/log.zarr, a root group with the attributes and the schema version; UserError if it exists."""
+    """Makes folder/log.zarr, a root group with the attributes and schema version; UserError if it exists."""
     log, building = folder / LOG, folder / BUILDING / LOG
     if log.exists():
         raise UserError(f"{folder} already holds a run; continue it with --resume, or give another folder")
@@ -34,7 +35,7 @@ def create_log(folder: Path, attributes: Mapping[str, object]) -> None:
         raise UserError(f"another process is just making a run in {folder}; give another folder") from error
 
 
-def find_log(path: Path) -> tuple[Path, dict[str, object]]:
+def find_log(path: Path) -> tuple[Path, dict[str, Any]]:
     """Returns the log.zarr of a run (given its folder or the log itself) and its root attributes.
 
     UserError if there is no run, the root is torn, the store is not ours, or a newer hessprobe wrote it.
@@ -47,14 +48,20 @@ def find_log(path: Path) -> tuple[Path, dict[str, object]]:
     if log is path and not (path.is_dir() and (path.name == LOG or (path / "zarr.json").exists())):
         within = sorted(log.parent.name for log in path.glob(f"*/{LOG}")) if path.is_dir() else []
         what = "it is not a folder" if not path.is_dir() else f"the folder holds no {LOG}"
-        hint = f"; runs in it: {', '.join(within)}" if within else "; give the folder that a run was written to"
+        hint = (
+            f"; runs in it: {', '.join(within)}" if within else "; give the folder that a run was written to"
+        )
         raise UserError(f"no run at {path}: {what}{hint}")
     if not (log / "zarr.json").is_file():
-        raise UserError(f"{log} is torn: its zarr.json is missing; copy the run again from where it was recorded")
+        raise UserError(
+            f"{log} is torn: its zarr.json is missing; copy the run again from where it was recorded"
+        )
     try:
         attributes = dict(zarr.open_group(log, mode="r", use_consolidated=False).attrs)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{log} is torn: its zarr.json cannot be read ({error}); copy the run again") from error
+        raise UserError(
+            f"{log} is torn: its zarr.json cannot be read ({error}); copy the run again"
+        ) from error
     version = attributes.get("schema_version")
     if not isinstance(version, int):
         raise UserError(f"{log} is a zarr store but no log of hessprobe: it carries no schema_version")

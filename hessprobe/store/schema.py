@@ -1,6 +1,6 @@
 """What a run's log may hold: tables of labelled variables, one row per step, and how their rows share files.
 
-A probe declares its table before it measures, so the layout on disk is known, and complete, before the first row.
+A probe declares its table before it measures, so the layout on disk is complete before the first row.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan, prod
+from typing import Any
 
 SCHEMA_VERSION = 1
 
@@ -62,12 +63,14 @@ class Variable:
         if not self.dims or self.dims[0] != STEP:
             raise ValueError(f"variable {self.name!r}: the first dimension must be 'step', got {self.dims}")
         if len(set(self.dims)) != len(self.dims):
-            raise ValueError(f"variable {self.name!r} repeats a dimension: {self.dims}; a pair needs two names")
+            raise ValueError(
+                f"variable {self.name!r} repeats a dimension: {self.dims}; a pair needs two names"
+            )
         if self.dtype not in FILL_VALUES:
             raise ValueError(f"variable {self.name!r}: dtype {self.dtype!r}; valid: {', '.join(FILL_VALUES)}")
 
     @property
-    def attributes(self) -> dict[str, str]:
+    def attributes(self) -> dict[str, Any]:
         """The attributes stored beside the data: long_name, units, estimator."""
         return {"long_name": self.long_name, "units": self.units, "estimator": self.estimator}
 
@@ -91,7 +94,9 @@ class Table:
         taken = [variable.name for variable in self.variables]
         names = [*taken, *self.coordinates, STEP, RECORDED, FAILURE]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"table {self.name!r} uses a name twice or one the store keeps: {', '.join(repeated)}")
+            raise ValueError(
+                f"table {self.name!r} uses a name twice or one the store keeps: {', '.join(repeated)}"
+            )
         used = {dim for variable in self.variables for dim in variable.dims[1:]}
         if used != set(self.coordinates):
             raise ValueError(
@@ -100,7 +105,9 @@ class Table:
             )
         for dim, labels in self.coordinates.items():
             if not len(labels) or len(set(labels)) != len(labels):
-                raise ValueError(f"table {self.name!r}: labels of {dim!r} must be distinct and at least one: {labels}")
+                raise ValueError(
+                    f"table {self.name!r}: labels of {dim!r} must be distinct and at least one: {labels}"
+                )
 
     def row_shape(self, variable: Variable) -> tuple[int, ...]:
         """The shape of one row of the variable: its dimensions without `step`."""
@@ -113,12 +120,14 @@ class Table:
 
 
 def bookkeeping_variables() -> tuple[Variable, ...]:
-    """The two variables the store adds to every table: `recorded` and `failure`."""
+    """The three variables the store adds to every table: `step` (its coordinate), `failure`, `recorded`."""
     return (
+        Variable(name=STEP, dims=(STEP,), units="steps", dtype="int64", estimator="exact",
+                 long_name=DIMENSIONS[STEP]),
         Variable(name=FAILURE, dims=(STEP,), units="text", dtype="str", estimator="exact",
                  long_name="why this row could not be measured; empty where it was"),
         Variable(name=RECORDED, dims=(STEP,), units="truth value", dtype="bool", estimator="exact",
-                 long_name="this row is whole: written after all its data. Keep only such rows: "
+                 long_name="this row is whole: marked after all its data were written. Keep only such rows: "
                            "table.isel(step=table.recorded.values)"),
     )  # fmt: skip
 
@@ -127,15 +136,15 @@ def _measurement(name: str, units: str, long_name: str, estimator: str = "exact"
     return Variable(name=name, dims=(STEP,), units=units, long_name=long_name, estimator=estimator)
 
 
-# What every probe says about the measurement itself, so that numbers from different probes can be set side by side.
+# What every probe says about the measurement itself, so that numbers of different probes can be compared.
 MEASUREMENT_VARIABLES: tuple[Variable, ...] = (
     _measurement("loss", "nats per token", "loss on the probe batch, before the step"),
     _measurement("tokens", "tokens", "valid target tokens in the probe batch"),
     _measurement("sequences", "sequences", "sequences in the probe batch"),
-    _measurement("damping", "nats per token per squared parameter", "multiple of the identity added to the curvature"),
+    _measurement("damping", "nats per token per squared parameter", "multiple of the identity added"),
     _measurement("symmetry_gap", "1", "|u.Av - v.Au| / (|u| |Av|), a check of the product itself",
                  "one random pair u, v"),
     _measurement("seconds", "s", "wall-clock time of the measurement"),
-    _measurement("gradient_equivalents", "gradients", "cost in gradients of the probe batch", "counted by operation"),
-    _measurement("peak_memory", "bytes", "peak memory during the measurement", "as the device or the system reports"),
+    _measurement("gradient_equivalents", "gradients", "cost, in gradients of the probe batch", "counted"),
+    _measurement("peak_memory", "bytes", "peak memory of the measurement", "as the device or system reports"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The coupling table is read as stored, and what is derived from it equals a few independent lines of numpy."""
+"""The coupling table is read as stored; what is derived from it equals a few independent lines of numpy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCKS = ["embedding", "block.0", "block.1", "block.2", "head"]
 
 def table(rows: int = 4, blocks: list[str] = BLOCKS, seed: int = 0) -> xr.Dataset:
     rng = np.random.default_rng(seed)
-    size = len(blocks)
+    size, directions = len(blocks), ("step", "direction", "block", "other_block")
     values = rng.random((rows, size, size))
     values = (values + values.transpose(0, 2, 1)) / 2
     pair, names = ("step", "block", "other_block"), np.array(blocks, dtype=object)
@@ -31,7 +31,7 @@ def table(rows: int = 4, blocks: list[str] = BLOCKS, seed: int = 0) -> xr.Datase
             "coupling_stderr": (pair, 0.1 * values),
             "off_block_energy": ("step", rng.random(rows)),
             "off_block_energy_stderr": ("step", 0.01 + rng.random(rows) / 50),
-            "step_curvature": (("step", "direction", "block", "other_block"), rng.random((rows, 2, size, size))),
+            "step_curvature": (directions, rng.random((rows, 2, size, size))),
             "recorded": ("step", np.ones(rows, dtype=bool)),
             "failure": ("step", np.array([""] * rows, dtype=object)),
         },
@@ -126,7 +126,9 @@ def test_strongest_pairs_are_in_order_and_skip_dead_layers():
     row = coupling(table()).isel(step=-1)
     row["coupling"].values[0, :] = row["coupling"].values[:, 0] = np.nan
     pairs = strongest_pairs(row, count=3)
-    every = [(row["coupling"].values[i, j], BLOCKS[i], BLOCKS[j]) for i in range(1, 5) for j in range(i + 1, 5)]
+    every = [
+        (row["coupling"].values[i, j], BLOCKS[i], BLOCKS[j]) for i in range(1, 5) for j in range(i + 1, 5)
+    ]
     expected = sorted(every, reverse=True)[:3]
     found = zip(pairs["coupling"].values, pairs["block"].values, pairs["other_block"].values, strict=True)
     assert list(found) == expected

@@ -1,4 +1,4 @@
-"""A trend is claimed when it is there, and, over many runs of pure noise, about as rarely as two errors allow."""
+"""A trend is claimed when it is there, and, over many runs of pure noise, as rarely as two errors allow."""
 
 from __future__ import annotations
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from curvlinops import HessianLinearOperator
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from hessprobe.errors import UserError
 from tests import models, oracles
-from tests.cases import Case
+from tests.cases import Case, rows_of
 
 EXACT = 1e-10
 ENGINES = ("forward-over-reverse", "reverse-over-reverse")
@@ -26,7 +23,11 @@ Seeded = Callable[[int], torch.Generator]
 @pytest.mark.parametrize("name", models.ZOO)
 def test_dense_form_equals_the_oracle(zoo_case: Zoo, name: str, engine: str) -> None:
     case = zoo_case(name)
-    assert oracles.relative_error(case.hessian(engine=engine).to_dense(), case.truth.hessian) < EXACT
+    if engine == "reverse-over-reverse" and case.partition.size > 100:  # row by row: dense would take seconds
+        v = case.rows(5)
+        assert oracles.relative_error(case.hessian(engine=engine).apply(v), v @ case.truth.hessian) < EXACT
+    else:
+        assert oracles.relative_error(case.hessian(engine=engine).to_dense(), case.truth.hessian) < EXACT
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
@@ -77,7 +78,7 @@ def test_curvlinops_hessian_is_right_on_affine_layernorm(zoo_case: Zoo) -> None:
         check_deterministic=False,
     )
     v = case.rows(3)
-    assert oracles.relative_error((theirs @ v.T).T, v @ case.truth.hessian) < EXACT
+    assert oracles.relative_error(rows_of(theirs, v), v @ case.truth.hessian) < EXACT
 
 
 def test_can_be_taken_at_other_parameters_than_the_models(generator: Seeded) -> None:
@@ -95,132 +96,10 @@ def test_an_unknown_engine_lists_the_engines(zoo_case: Zoo) -> None:
         zoo_case("mlp_classifier").hessian(engine="backward-over-forward")
 
 
-# -- models that forward mode cannot pass through ----------------------------------------------------------
-
-
-class Checkpointed(nn.Module):
-    """Activations of the body are recomputed in the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh())
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        body = checkpoint(self.body, x, use_reentrant=False)
-        assert isinstance(body, Tensor)
-        return self.head(body)
-
-
-class Cubic(torch.autograd.Function):
-    """x + x^3 with a backward of its own and no forward mode, as most custom functions are written."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x + x**3
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return cotangents[0] * (1 + 3 * x**2)
-
-
-class Custom(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(Cubic.apply(self.body(x)))  # type: ignore[arg-type]
-
-
-AWKWARD = {"activation checkpointing": Checkpointed, "custom autograd.Function": Custom}
-
-
-def awkward(name: str, generator: Seeded) -> Case:
-    draws = generator(13)
-    batches = [(models.real(draws, n, 4), models.labels(draws, 4, n)) for n in (6, 3)]
-    return Case.on(models.Problem(models.redraw(AWKWARD[name](), draws), batches, "cross_entropy"))
-
-
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("name", AWKWARD)
-def test_auto_takes_reverse_over_reverse_where_the_model_forces_it(
-    generator: Seeded, name: str, k: int
-) -> None:
-    case = awkward(name, generator)
-    operator = case.hessian(engine="auto")
-    v = case.rows(k)
-    assert oracles.relative_error(operator.apply(v), v @ case.truth.hessian) < EXACT
-    assert operator.engine == "reverse-over-reverse"
-
-
-def test_auto_takes_forward_over_reverse_where_it_can(zoo_case: Zoo) -> None:
-    operator = zoo_case("decoder").hessian(engine="auto")
-    operator.apply(zoo_case("decoder").rows(1))
-    assert operator.engine == "forward-over-reverse"
-
-
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("name", AWKWARD)
-def test_gauss_newton_is_right_without_forward_mode_too(generator: Seeded, name: str, k: int) -> None:
-    case = awkward(name, generator)
-    v = case.rows(k)
-    assert oracles.relative_error(case.gauss_newton().apply(v), v @ case.truth.gauss_newton) < EXACT
-
-
-@pytest.mark.parametrize("name", AWKWARD)
-def test_column_restricted_products_are_right_without_forward_mode_too(generator: Seeded, name: str) -> None:
-    case = awkward(name, generator)
-    column, row = case.partition.blocks[0], case.partition.blocks[-1]
-    v = torch.zeros(2, case.partition.size, dtype=torch.float64)
-    v[:, case.partition.slices[column]] = case.rows(2)[:, case.partition.slices[column]]
-    for operator, truth in (
-        (case.gauss_newton(), case.truth.gauss_newton),
-        (case.hessian(), case.truth.hessian),
-    ):
-        wanted = torch.zeros_like(v)
-        wanted[:, case.partition.slices[row]] = (v @ truth)[:, case.partition.slices[row]]
-        assert oracles.relative_error(operator.apply(v, columns=[column], rows=[row]), wanted) < EXACT
-
-
-class OnceOnly(torch.autograd.Function):
-    """A function whose gradient cannot be differentiated again, as hand-written fused kernels often are."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return cotangents[0] * (1 - x.tanh() ** 2)
-
-
-class Kernel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(OnceOnly.apply(self.body(x)))  # type: ignore[arg-type]
-
-
-def test_a_model_without_second_derivatives_raises_instead_of_answering(generator: Seeded) -> None:
-    draws = generator(14)
-    problem = models.Problem(
-        models.redraw(Kernel(), draws),
-        [(models.real(draws, 5, 4), models.labels(draws, 4, 5))],
-        "cross_entropy",
-    )
-    from hessprobe.curvature.hessian import Hessian
-    from hessprobe.problem.objective import Objective
-    from hessprobe.problem.partition import Partition
-
-    partition = Partition.of(problem.model, "module")
-    v = torch.ones(1, partition.size, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="(?i)differentiable"):
-        Hessian(Objective(problem.model), problem.batches, partition).apply(v)
+def test_follows_the_model_where_no_parameters_are_given(generator: Seeded) -> None:
+    case = Case.on(models.layernorm(generator(4)))
+    operator, v = case.hessian(), case.rows(2)
+    operator.apply(v)
+    case.partition.assign(case.problem.model, case.partition.vector(case.problem.model) + 0.1)
+    now = oracles.dense(*case.problem).in_order(case.partition.names)
+    assert oracles.relative_error(operator.apply(v), v @ now.hessian) < EXACT

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.backends import cuda as attention
 
+from hessprobe.curvature.gauss_newton import GaussNewton
+from hessprobe.curvature.hessian import Hessian
+from hessprobe.problem.objective import Objective
+from hessprobe.problem.partition import Partition
 from tests import models, oracles
-from tests.cases import Case
+from tests.cases import Case, pair
 
 EXACT = 1e-10
 Zoo = Callable[[str], Case]
 Seeded = Callable[[int], torch.Generator]
 OPERATORS = ("gauss_newton", "hessian")
-
-
-def operator_and_truth(case: Case, which: str):  # noqa: ANN201
-    return getattr(case, which)(), getattr(case.truth, which)
 
 
 # -- attention kernels -------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def _kernels() -> dict[str, bool]:
 
 
 @pytest.fixture
-def kernels_as_found():  # noqa: ANN201
+def kernels_as_found() -> Iterator[None]:
     before = _kernels()
     yield
     attention.enable_flash_sdp(before["flash"])
@@ -53,7 +53,7 @@ def test_the_choice_of_attention_kernels_is_restored(
     attention.enable_flash_sdp(flash)
     attention.enable_math_sdp(not flash)
     before = _kernels()
-    operator, truth = operator_and_truth(case, which)
+    operator, truth = pair(case, which)
     v = case.rows(2)
     assert oracles.relative_error(operator.apply(v), v @ truth) < EXACT
     assert _kernels() == before
@@ -74,11 +74,6 @@ class Failing(nn.Module):
 def test_a_model_that_fails_raises_its_own_error_and_everything_is_restored(
     generator: Seeded, which: str
 ) -> None:
-    from hessprobe.curvature.gauss_newton import GaussNewton
-    from hessprobe.curvature.hessian import Hessian
-    from hessprobe.problem.objective import Objective
-    from hessprobe.problem.partition import Partition
-
     model = models.redraw(Failing(), generator(1)).train()
     before = _kernels()
     partition = Partition.of(model, "module")
@@ -100,15 +95,12 @@ def test_a_compiled_model_gives_the_products_of_the_model_inside(generator: Seed
     compiled_model = torch.compile(problem.model, backend="eager")
     with torch.no_grad():
         compiled_model(problem.batches[0][0])  # compiled for real before it is measured
-    from hessprobe.problem.objective import Objective
-    from hessprobe.problem.partition import Partition
-
     partition = Partition.of(compiled_model, "module")  # type: ignore[arg-type]
     assert partition == plain.partition
     compiled = Case(problem, Objective(compiled_model), partition, plain.truth)  # type: ignore[arg-type]
     v = plain.rows(2)
     for which in OPERATORS:
-        operator, truth = operator_and_truth(compiled, which)
+        operator, truth = pair(compiled, which)
         assert oracles.relative_error(operator.apply(v), v @ truth) < EXACT
 
 
@@ -122,7 +114,7 @@ def test_a_model_with_a_compiled_part_gives_the_right_products(generator: Seeded
     with torch.no_grad():
         model(problem.batches[0][0])
     for which in OPERATORS:
-        operator, truth = operator_and_truth(case, which)
+        operator, truth = pair(case, which)
         assert oracles.relative_error(operator.apply(v), v @ truth) < EXACT
 
 
@@ -154,7 +146,7 @@ def in_training(generator: Seeded) -> Case:
 @pytest.mark.parametrize("which", OPERATORS)
 def test_dropout_and_batch_statistics_are_off_while_measuring(generator: Seeded, which: str) -> None:
     case = in_training(generator)
-    operator, truth = operator_and_truth(case, which)
+    operator, truth = pair(case, which)
     v = case.rows(3)
     assert oracles.relative_error(operator.apply(v), v @ truth) < EXACT
 
@@ -173,7 +165,7 @@ def test_a_product_leaves_no_trace_in_the_model(generator: Seeded, which: str) -
     random_state = torch.get_rng_state()
     hooks = [(len(module._forward_hooks), len(module._backward_hooks)) for module in model.modules()]
 
-    operator, _ = operator_and_truth(case, which)
+    operator, _ = pair(case, which)
     operator.apply(case.rows(3))
     operator.apply(case.rows(3), rows=[case.partition.blocks[0]])
 
@@ -197,7 +189,7 @@ def test_products_are_the_same_with_and_without_the_callers_gradients(
     case = zoo_case("mlp_classifier")
     v = case.rows(2)
     with context():
-        operator, truth = operator_and_truth(case, which)
+        operator, truth = pair(case, which)
         product = operator.apply(v)
     assert oracles.relative_error(product, v @ truth) < EXACT
 
@@ -207,7 +199,7 @@ def test_products_ignore_the_callers_autocast(zoo_case: Zoo, which: str) -> None
     case = zoo_case("mlp_classifier")
     v = case.rows(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        operator, truth = operator_and_truth(case, which)
+        operator, truth = pair(case, which)
         product = operator.apply(v)
     assert oracles.relative_error(product, v @ truth) < EXACT
 
@@ -215,7 +207,7 @@ def test_products_ignore_the_callers_autocast(zoo_case: Zoo, which: str) -> None
 @pytest.mark.parametrize("which", OPERATORS)
 def test_a_vector_that_wants_gradients_does_not_make_the_product_want_them(zoo_case: Zoo, which: str) -> None:
     case = zoo_case("mlp_classifier")
-    operator, truth = operator_and_truth(case, which)
+    operator, truth = pair(case, which)
     product = operator.apply(case.rows(2).requires_grad_())
     assert not product.requires_grad
     assert oracles.relative_error(product, case.rows(2) @ truth) < EXACT

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scipy import stats
 
-from hessprobe.estimation.sampling import rademacher
+from hessprobe.errors import UserError
+from hessprobe.estimation.sampling import Estimate, rademacher
 
 Seeded = Callable[[int], torch.Generator]
 
@@ -57,3 +59,53 @@ def test_signs_are_fair_and_uncorrelated(generator: Seeded) -> None:
     z_successive = (signs[1:] * signs[:-1]).sum(0) / (k - 1) ** 0.5
     for z in (z_means, z_pairs, z_successive):
         assert z.abs().max() < 4.5
+
+
+# -- estimates ---------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_is_mean_and_standard_error_of_independent_samples() -> None:
+    found = Estimate.of(torch.tensor([[1.0, 2.0], [3.0, 2.0], [5.0, 2.0], [7.0, 2.0]], dtype=torch.float64))
+    assert found.samples == 4
+    assert found.mean.tolist() == [4.0, 2.0]
+    assert found.stderr[0] == pytest.approx((20 / 3 / 4) ** 0.5)
+    assert found.stderr[1] == 0
+
+
+def test_one_sample_has_no_standard_error() -> None:
+    for make in (Estimate.of, lambda samples: Estimate.jackknife(samples, torch.square)):
+        with pytest.raises(UserError, match="at least 2"):
+            make(torch.ones(1, 3))
+
+
+def test_the_jackknife_of_a_mean_is_the_mean_and_its_standard_error(generator: Seeded) -> None:
+    samples = torch.randn(9, 4, generator=generator(1), dtype=torch.float64)
+    plain, jackknifed = Estimate.of(samples), Estimate.jackknife(samples, lambda mean: mean)
+    assert torch.allclose(plain.mean, jackknifed.mean)
+    assert torch.allclose(plain.stderr, jackknifed.stderr)
+
+
+def test_the_jackknife_of_a_square_is_the_mean_over_pairs_of_different_samples(generator: Seeded) -> None:
+    # sum_{i != j} x_i x_j / (k (k - 1)) is the unbiased estimate of a squared mean.
+    x = torch.randn(7, generator=generator(2), dtype=torch.float64)
+    unbiased = (x.sum() ** 2 - x.square().sum()) / (7 * 6)
+    assert float(Estimate.jackknife(x, torch.square).mean) == pytest.approx(float(unbiased))
+
+
+def test_the_jackknife_of_a_ratio_loses_the_bias_and_covers_the_truth(generator: Seeded) -> None:
+    seeds, k, ratio = 2000, 16, 0.5
+    draws = torch.randn(seeds, k, 2, generator=generator(3), dtype=torch.float64)
+    samples = torch.tensor([1.0, 2.0], dtype=torch.float64) + draws * torch.tensor(
+        [1.0, 1.5], dtype=torch.float64
+    )
+    means = samples.mean(1)
+    plain = means[:, 0] / means[:, 1] - ratio
+    found = [Estimate.jackknife(s, lambda mean: mean[..., 0] / mean[..., 1]) for s in samples]
+    errors = torch.stack([e.mean for e in found]) - ratio
+    z_plain = float(plain.mean() / plain.std()) * seeds**0.5
+    z_jackknife = float(errors.mean() / errors.std()) * seeds**0.5
+    assert z_plain > 4 > abs(z_jackknife), "first-order bias is visible without, and gone with"
+    stderrs = torch.stack([e.stderr for e in found])
+    covered = float((errors.abs() < float(stats.t.ppf(0.975, k - 1)) * stderrs).double().mean())
+    # 1 % allowed for the ratio's skewness beside 4 binomial deviations.
+    assert abs(covered - 0.95) < 0.01 + 4 * (0.95 * 0.05 / seeds) ** 0.5

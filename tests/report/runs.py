@@ -1,4 +1,4 @@
-"""Stored runs of invented numbers, written by the real store: what a training would leave, in a fraction of a second."""
+"""Stored runs of invented numbers, written by the real store: what a training would leave, in no time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from hessprobe.store.writer import RunWriter
 LAYERS = ("embedding", *(f"block.{i}" for i in range(4)), "head")
 PAIR = ("step", "block", "other_block")
 TRAIN = (
-    "loss", "held_out_loss", "step_size", "update_norm", "gradient_norm", "predicted_decrease", "actual_decrease",
-    "tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents",
+    "loss", "held_out_loss", "step_size", "update_norm", "gradient_norm", "predicted_decrease",
+    "actual_decrease", "tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents",
 )  # fmt: skip
 
 
 def attributes(blocks: Sequence[str] = LAYERS, **changes: Any) -> dict[str, Any]:
     """Returns root attributes as a run would carry them."""
-    recipe = {"name": "nano", "optimizer": {"name": "full_gn", "inner_steps": 8}, "steps": 31}
+    recipe = {"name": "nano", "optimizer": {"name": "full_gn", "inner_steps": 8}, "training": {"steps": 31}}
     return {
-        "name": "nano-full-gn", "recipe": json.dumps(recipe), "seed": 0, "created": "2026-01-05T10:00:00+00:00",
+        "name": "nano-full-gn", "recipe": json.dumps(recipe), "seed": 0,
+        "created": "2026-01-05T10:00:00+00:00",
         "versions": json.dumps({"hessprobe": "0.1.0", "torch": "2.13.0", "python": "3.11.2"}),
         "git_commit": "0123abc", "device": "cpu, 2 threads",
         "data": json.dumps({"source": "python standard library", "sha256": "ab12" * 16, "bytes": 12_345_678}),
@@ -36,10 +37,12 @@ def cross_layer_table(blocks: Sequence[str] = LAYERS) -> Table:
     names = [("fro2", PAIR), ("fro2_stderr", PAIR), ("coupling", PAIR), ("coupling_stderr", PAIR),
              ("off_block_energy", ("step",)), ("off_block_energy_stderr", ("step",)),
              ("step_curvature", ("step", "direction", "block", "other_block")),
-             ("step_slope", ("step", "direction", "block")), ("gradient_norm2", ("step", "block"))]  # fmt: skip
+             ("step_slope", ("step", "direction", "block")),
+             ("gradient_norm2", ("step", "block"))]  # fmt: skip
     variables = [Variable(name=n, dims=d, units="1", long_name=n, estimator="invented") for n, d in names]
     labels = {"block": blocks, "other_block": blocks, "direction": ["update", "negative_gradient"]}
-    return Table(name="cross_layer", variables=(*variables, *MEASUREMENT_VARIABLES), coordinates=labels)
+    return Table(name="cross_layer", variables=(*variables, *MEASUREMENT_VARIABLES), coordinates=labels,
+                 attributes={"samples": 8})  # fmt: skip
 
 
 def train_table() -> Table:
@@ -75,11 +78,13 @@ def train_row(step: int, last: int, evaluated: bool, rng: np.random.Generator) -
     loss = 2.1 + 3.4 * np.exp(-4 * step / max(last, 1)) + 0.03 * rng.standard_normal()
     size = float(rng.choice([1.0, 0.7071, 0.5]))
     return {
-        "loss": loss, "held_out_loss": loss + 0.05 if evaluated else np.nan, "step_size": size, "update_norm": size,
+        "loss": loss, "held_out_loss": loss + 0.05 if evaluated else np.nan, "step_size": size,
+        "update_norm": size,
         "line_search_loss": np.array([loss, loss + 0.1]), "gradient_norm": 1.0,
         "predicted_decrease": 0.3 * np.exp(-3 * step / max(last, 1)), "tokens": 8192.0 * (step + 1),
         "actual_decrease": 0.25 * np.exp(-3 * step / max(last, 1)), "line_search_tokens": 4096.0 * (step + 1),
-        "seconds": 2.5 * (step + 1), "probe_seconds": 0.2 * (step + 1), "gradient_equivalents": 30.0 * (step + 1),
+        "seconds": 2.5 * (step + 1), "probe_seconds": 0.2 * (step + 1),
+        "gradient_equivalents": 30.0 * (step + 1),
     }  # fmt: skip
 
 

@@ -1,0 +1,197 @@
+"""What the `cross_layer` table shows, in sentences: how much lies between layers, where, and how it moves."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from hessprobe.analysis.coupling import coupling_by_distance, cross_share, off_block_energy, strongest_pairs
+from hessprobe.analysis.finding import Finding
+from hessprobe.analysis.rows import sound_rows
+from hessprobe.analysis.trend import STANDARD_ERRORS, Trend, trend
+from hessprobe.analysis.wording import basis, counted, percent, plus_minus
+
+
+def cross_layer_findings(table: xr.Dataset) -> list[Finding]:
+    """Returns the findings on cross-layer curvature, most important first."""
+    asked = (off_block, update_share, strongest_pair, distance, off_block_trend, update_share_trend)
+    found = [ask(table) for ask in asked]
+    return [finding for finding in found if finding is not None]
+
+
+def off_block(table: xr.Dataset) -> Finding | None:
+    """Returns how much of |G|_F^2 lies between layers at the last measured step."""
+    rows = sound_rows(table, "off_block_energy")
+    if rows.sizes["step"] == 0:
+        return None
+    row, energy = rows.isel(step=-1), off_block_energy(rows).isel(step=-1)
+    step, value, stderr = (
+        int(row["step"]),
+        float(energy["off_block_energy"]),
+        float(energy["off_block_energy_stderr"]),
+    )
+    resolved = abs(value) > STANDARD_ERRORS * stderr
+    what = percent(value, stderr)
+    return Finding(
+        name="off_block_energy",
+        sentence=f"At step {step:,}, {what} of the Gauss-Newton matrix's squared norm lies between "
+        "layers, where a layerwise method does not look."
+        if resolved
+        else f"At step {step:,}, the share of the Gauss-Newton matrix's squared norm between layers "
+        f"({what}) is not resolved from zero.",
+        value=value,
+        stderr=stderr,
+        basis=basis(row),
+        steps=(step,),
+        headline=what,
+        label="of ‖G‖² lies between layers",
+        resolved=resolved,
+    )
+
+
+def _update_shares(table: xr.Dataset) -> tuple[xr.Dataset, np.ndarray]:
+    """Returns the rows with a cross share along the update, and the shares (step,)."""
+    rows = sound_rows(table, "step_curvature")
+    if rows.sizes["step"] == 0 or "update" not in rows["direction"].values:
+        return rows.isel(step=slice(0, 0)), np.empty(0)
+    shares = cross_share(rows["step_curvature"].sel(direction="update")).values
+    keep = np.flatnonzero(np.isfinite(shares))
+    return rows.isel(step=keep), shares[keep]
+
+
+def update_share(table: xr.Dataset) -> Finding | None:
+    """Returns how much of the last measured update's curvature lies between layers."""
+    rows, shares = _update_shares(table)
+    if shares.size == 0:
+        return None
+    row, share = rows.isel(step=-1), float(shares[-1])
+    step, seen = int(row["step"]), percent(1 - share)
+    reading = (
+        f"a block-diagonal model sees {seen} of this step's curvature"
+        if share >= 0
+        else f"layers cancel, and a block-diagonal model sees {1 - share:.3g} times the curvature there is"
+    )
+    among = (
+        f"; over {counted(shares.size, 'measured step')} the share lies between "
+        f"{percent(float(shares.min()))} and {percent(float(shares.max()))}"
+        if shares.size > 1
+        else ""
+    )
+    return Finding(
+        name="cross_share_update",
+        sentence=f"Along the update taken at step {step:,}, terms between layers make up {percent(share)} of "
+        f"the curvature d·Gd: {reading}{among}.",
+        value=share,
+        stderr=None,
+        basis=f"exact on {basis(row) or 'its batch'}",
+        steps=tuple(int(s) for s in rows["step"].values),
+        headline=percent(share),
+        label="of the update's curvature lies between layers",
+    )
+
+
+def strongest_pair(table: xr.Dataset) -> Finding | None:
+    """Returns the pair of layers that couples most at the last measured step, or those that share the top."""
+    rows = sound_rows(table, "coupling")
+    if rows.sizes["step"] == 0:
+        return None
+    row = rows.isel(step=-1)
+    pairs = strongest_pairs(row, count=row.sizes["block"] ** 2)
+    if pairs.sizes["pair"] == 0:
+        return None
+    values, errors = pairs["coupling"].values, pairs["coupling_stderr"].values
+    value, stderr, step = float(values[0]), float(errors[0]), int(row["step"])
+    name = f"{pairs['block'].values[0]} and {pairs['other_block'].values[0]}"
+    # One set of probes serves all pairs, so errors may be correlated: they are added, not their squares.
+    rivals = int((values[0] - values[1:] <= STANDARD_ERRORS * (errors[0] + errors[1:])).sum())
+    number = f"coupling {plus_minus(value, stderr)} on a scale from 0 to 1"
+    if not value > STANDARD_ERRORS * stderr:
+        sentence = f"At step {step:,}, no pair of layers has a coupling resolved from zero."
+    elif rivals:
+        sentence = (
+            f"At step {step:,}, {counted(rivals + 1, 'pair')} of layers couple most strongly and cannot be "
+            f"told apart within their errors; the first is {name} ({number})."
+        )
+    else:
+        sentence = f"At step {step:,}, the layers that couple most strongly are {name} ({number})."
+    return Finding(
+        name="strongest_pair",
+        sentence=sentence,
+        value=value,
+        stderr=stderr,
+        basis=basis(row),
+        steps=(step,),
+        resolved=value > STANDARD_ERRORS * stderr,
+    )
+
+
+def distance(table: xr.Dataset) -> Finding | None:
+    """Returns whether neighbours couple more than the layers farthest apart, at the last measured step."""
+    rows = sound_rows(table, "coupling")
+    by_distance = coupling_by_distance(rows)
+    measured = by_distance.where(by_distance["distance"] >= 1, drop=True)
+    if measured.sizes["step"] == 0 or measured.sizes["distance"] < 2:
+        return None
+    near, far = measured.isel(step=-1, distance=0), measured.isel(step=-1, distance=-1)
+    difference = float(near["coupling"] - far["coupling"])
+    stderr = float(near["coupling_stderr"] + far["coupling_stderr"])
+    if not np.isfinite(difference):
+        return None
+    step = int(near["step"])
+    numbers = [plus_minus(float(point["coupling"]), float(point["coupling_stderr"])) for point in (near, far)]
+    resolved = abs(difference) > STANDARD_ERRORS * stderr
+    verdict = (
+        ("falls with" if difference > 0 else "grows with") if resolved else "does not resolvably depend on"
+    )
+    return Finding(
+        name="coupling_by_distance",
+        sentence=f"At step {step:,}, coupling {verdict} layer distance: {numbers[0]} between layers "
+        f"{int(near['distance'])} apart, {numbers[1]} between layers {int(far['distance'])} apart.",
+        value=difference,
+        stderr=stderr,
+        basis=basis(rows.isel(step=-1)),
+        steps=(step,),
+        resolved=resolved,
+    )
+
+
+def off_block_trend(table: xr.Dataset) -> Finding | None:
+    """Returns whether off-block energy rises or falls over training."""
+    rows = sound_rows(table, "off_block_energy")
+    energy = off_block_energy(rows)
+    errors = energy["off_block_energy_stderr"].values
+    line = trend(energy["step"].values, energy["off_block_energy"].values, errors)
+    return _over_training("off_block_energy_trend", "the share of ‖G‖² between layers", line, rows)
+
+
+def update_share_trend(table: xr.Dataset) -> Finding | None:
+    """Returns whether the cross share along the update rises or falls over training."""
+    rows, shares = _update_shares(table)
+    line = trend(rows["step"].values, shares)
+    return _over_training(
+        "cross_share_trend", "the share of the update's curvature between layers", line, rows
+    )
+
+
+def _over_training(name: str, quantity: str, line: Trend | None, rows: xr.Dataset) -> Finding | None:
+    if line is None:
+        return None
+    span = f"from step {line.first_step:,} to {line.last_step:,}"
+    size = plus_minus(100 * abs(line.change), 100 * line.stderr, "percentage points")
+    signed = plus_minus(100 * line.change, 100 * line.stderr, "percentage points")
+    sentence = (
+        f"Over training, {quantity} {'rises' if line.change > 0 else 'falls'} by {size} {span}."
+        if line.resolved
+        else f"Over training, {quantity} shows no resolved trend {span} ({signed})."
+    )
+    each = basis(rows.isel(step=-1))
+    through = f"straight line through {counted(line.rows, 'measured step')}"
+    return Finding(
+        name=name,
+        sentence=sentence,
+        value=line.change,
+        stderr=line.stderr,
+        basis=f"{through}; {each} each" if each else through,
+        steps=(line.first_step, line.last_step),
+        resolved=line.resolved,
+    )

@@ -1,0 +1,168 @@
+"""The command line: train, report, show. Imports stand inside the commands, so --help and a slip answer at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hessprobe.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from hessprobe.recipe import Recipe
+
+app = typer.Typer(
+    name="hessprobe",
+    help="What curvature does a transformer's training throw away? Train, measure, keep, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/nano.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a .toml file.")
+    ] = "nano",
+    probe: Annotated[
+        list[str] | None, typer.Option("--probe", help="Measure this during training; may be repeated.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="full_gn or adamw.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Outer steps.")] = None,
+    every: Annotated[int | None, typer.Option(help="Outer steps between a probe's rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data and probes.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+) -> None:
+    """Train with curvature probes; writes a log, a checkpoint and a report."""
+    from hessprobe.recipe import build_recipe, differences, read_recipe
+
+    settings = _settings(probe, optimizer, steps, every, device, seed, setting)
+    if resume:
+        folder = out or _latest_run(recipe)
+        stored = _stored_recipe(folder)
+        base = stored.model_dump(exclude_none=True) if recipe == "nano" else read_recipe(recipe)
+        wanted = build_recipe(base, settings)
+        changed = differences(stored, wanted)
+        if changed:
+            raise UserError(
+                f"--resume: {folder} was started with another recipe; it differs in {'; '.join(changed)}. "
+                "Resume it without these, or start a new run with another --out"
+            )
+    else:
+        wanted = build_recipe(read_recipe(recipe), settings)
+        folder = out or _free_folder(Path("runs") / wanted.name)
+        if (folder / "log.zarr").exists():
+            raise UserError(
+                f"{folder} holds a run already: go on with it by --resume, or give another name with --out"
+            )
+    if not wanted.probes:
+        print("no --probe given: only the training itself is recorded", file=sys.stderr)
+
+    from hessprobe.training.loop import train as run
+
+    run(wanted, folder, resume=resume)
+
+    from hessprobe.report.page import write_report
+
+    page = write_report(folder)
+    print(f"log      {folder / 'log.zarr'}")
+    print(f"report   {page}")
+    print(f"next     hessprobe show {folder}")
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="The page; default RUN/report.html.")] = None,
+) -> None:
+    """Write one self-contained page from a run's log; works while it is still running."""
+    from hessprobe.report.page import write_report
+
+    print(f"report   {write_report(run, out)}")
+
+
+@app.command()
+def show(run: RunFolder) -> None:
+    """Print a run's tables in the terminal."""
+    from rich.console import Console
+
+    from hessprobe.report.terminal import show as print_tables
+
+    print_tables(run, Console())
+
+
+def _settings(
+    probe: list[str] | None,
+    optimizer: str | None,
+    steps: int | None,
+    every: int | None,
+    device: str | None,
+    seed: int | None,
+    setting: list[str] | None,
+) -> list[str]:
+    """Turns flags into the recipe settings they stand for; --set comes last, so it wins."""
+    from hessprobe.recipe import PROBES
+
+    names = [name for given in probe or [] for name in given.split(",")]
+    found = [f"probes={list(names)!r}"] if names else []
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps {steps}: a run needs at least 1 step")
+    if every is not None and every < 1:
+        raise UserError(f"--every {every}: at least 1 step between rows")
+    flags = {"optimizer.name": optimizer, "training.steps": steps, "device": device, "seed": seed}
+    found += [f"{key}={value}" for key, value in flags.items() if value is not None]
+    if every is not None:
+        found += [f"{name}.every={every}" for name in names if name in PROBES]
+    return found + (setting or [])
+
+
+def _free_folder(wanted: Path) -> Path:
+    """Returns the folder, or the first of NAME-2, NAME-3, ... that holds no run."""
+    number, folder = 1, wanted
+    while (folder / "log.zarr").exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def _latest_run(recipe: str) -> Path:
+    """Returns the newest run of a recipe under runs/."""
+    name = Path(recipe).stem
+    found = [f for f in Path("runs").glob(f"{name}*") if (f / "log.zarr").exists()]
+    if not found:
+        raise UserError(f"--resume: no run of {name} under runs/; name its folder with --out")
+    return max(found, key=lambda f: (f / "log.zarr").stat().st_mtime)
+
+
+def _stored_recipe(folder: Path) -> Recipe:
+    from hessprobe.recipe import build_recipe, read_recipe
+
+    path = folder / "recipe.toml"
+    if not path.is_file():
+        raise UserError(f"--resume: {folder} holds no run (no recipe.toml); leave out --resume to start one")
+    return build_recipe(read_recipe(path))
+
+
+def main() -> None:
+    """Runs the command line: exit 2 for a mistake in the call, 1 for a run that failed."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; the log and the last checkpoint are kept: go on with --resume", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,72 @@
+"""What an instrument is: a table it declares before it measures, and a measurement of one snapshot of training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.partition import Partition
+from hessprobe.store.schema import Table
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One moment of training: everything an instrument may look at, none of which it may change.
+
+    Attributes:
+        step: outer steps done before this moment.
+        objective: model and loss. The model may have moved on: theta is `parameters`, not the model's own.
+        parameters: theta (p,) at this moment.
+        batches: the probe's own micro-batches.
+        update: what the optimizer then really added to theta (p,), or None where that is not known.
+        seed: of the run.
+    """
+
+    step: int
+    objective: Objective
+    partition: Partition
+    parameters: Tensor
+    batches: list[Batch]
+    update: Tensor | None
+    seed: int
+
+    @property
+    def named_parameters(self) -> dict[str, Tensor]:
+        """theta by parameter name."""
+        return self.partition.unflatten(self.parameters)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Returns a generator that depends on (seed, purpose, step) alone, on the CPU."""
+        key = hashlib.sha256(f"{self.seed}/{purpose}/{self.step}".encode()).digest()[:8]
+        return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+
+
+class Probe:
+    """An instrument. It declares its table, and measures one row of it from a snapshot."""
+
+    name: str
+    every: int
+    sequences: int
+
+    def table(self, partition: Partition) -> Table:
+        """Returns the table this probe fills, its coordinates those of the partition."""
+        raise NotImplementedError
+
+    def measure(self, snapshot: Snapshot) -> Row:
+        """Returns one row of the table, but for `seconds` and `peak_memory`, which the recorder knows.
+
+        Anything raised marks the row as failed with its reason; training goes on.
+        """
+        raise NotImplementedError
+
+    def cost(self, partition: Partition) -> float:
+        """Returns what one row costs, in gradients of the probe's batch."""
+        raise NotImplementedError

@@ -1,0 +1,92 @@
+"""What a run says while it works: one aligned line an event, a progress bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hessprobe.optimization.report import StepReport
+from hessprobe.training.recorder import Measurement
+
+ACCENT = "cyan"
+
+
+class RunConsole:
+    """Progress of one run on stderr; results belong on stdout and are not its business.
+
+    Args:
+        steps: length of the run.
+        start: step it starts from.
+        console: where to write; default stderr.
+    """
+
+    def __init__(self, steps: int, start: int = 0, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.width = len(str(steps))
+        self.progress = Progress(
+            TextColumn(f"[{ACCENT}]{{task.description}}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.task = self.progress.add_task("training", total=steps, completed=start)
+
+    def __enter__(self) -> RunConsole:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def say(self, label: str, text: str) -> None:
+        """Writes one line: a label in the accent colour, then text."""
+        self.console.print(f"[{ACCENT}]{label:<11}[/] {text}", soft_wrap=True)
+
+    def step(self, step: int, report: StepReport, held_out_loss: float, name: str) -> None:
+        """Writes the line of one outer step and moves the bar."""
+        parts = [f"loss {report.loss:.4f}"]
+        if math.isfinite(held_out_loss):
+            parts.append(f"held-out {held_out_loss:.4f}")
+        if math.isfinite(report.step_size):
+            parts.append(f"step size {report.step_size:.3f}")
+        if math.isfinite(report.predicted_decrease) and report.predicted_decrease:
+            parts.append(f"real/predicted {report.actual_decrease / report.predicted_decrease:.2f}")
+        if report.outcome != "accepted":
+            parts.append(report.outcome)
+        self.say(f"step {step:>{self.width}}", f"{name:<8} " + "  ".join(parts))
+        self.progress.update(self.task, completed=step + 1)
+
+    def measured(self, measurement: Measurement) -> None:
+        """Writes what a probe found, or why it failed."""
+        if measurement.row is None:
+            text = f"[red]failed:[/] {measurement.failure} (training goes on)"
+        else:
+            text = f"{_headline(measurement)}  {measurement.seconds:.1f} s"
+        self.say(f"  step {measurement.step:>{self.width}}", f"{measurement.probe}: {text}")
+
+
+def _headline(measurement: Measurement) -> str:
+    """Returns a probe's most telling numbers in a few words."""
+    row = measurement.row
+    assert row is not None
+    if measurement.probe != "cross_layer":
+        return "recorded"
+    along = torch.as_tensor(row["step_curvature"])[0]
+    text = (
+        f"off-block energy {float(row['off_block_energy']):.3f} ± {float(row['off_block_energy_stderr']):.3f}"
+    )
+    if bool(torch.isfinite(along).all()):
+        share = 1 - float(along.diagonal().sum() / along.sum())
+        text += f", cross share of the update's curvature {share:+.2f}"
+    return text

@@ -1,0 +1,103 @@
+"""When to measure and where it goes: probes on their schedules, each row into the log, a failed one with its reason."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hessprobe.errors import UserError
+from hessprobe.probes.cross_layer import CrossLayerProbe
+from hessprobe.probes.probe import Probe, Row, Snapshot
+from hessprobe.problem.partition import Partition
+from hessprobe.recipe import Recipe
+from hessprobe.store.writer import RunWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one probe did at one step; `row` is None where it failed, and `failure` says why."""
+
+    probe: str
+    step: int
+    seconds: float
+    row: Row | None
+    failure: str = ""
+
+
+def build_probes(recipe: Recipe) -> list[Probe]:
+    """Returns the instruments that a recipe names, in its order, each once."""
+    makers = {"cross_layer": lambda: CrossLayerProbe(recipe.cross_layer)}
+    return [makers[name]() for name in dict.fromkeys(recipe.probes)]
+
+
+class ProbeRecorder:
+    """Runs probes at their steps and writes their rows. It never changes what it looks at.
+
+    Args:
+        writer: the run's log; each probe's table is laid out in it at once.
+        probes: the instruments.
+        steps: length of the run: a probe is due at steps 0, every, 2 every, ... below it.
+    """
+
+    def __init__(self, writer: RunWriter, probes: Sequence[Probe], partition: Partition, steps: int) -> None:
+        self.writer = writer
+        self.schedule = {probe.name: range(0, steps, probe.every) for probe in probes}
+        self.probes = list(probes)
+        for probe in probes:
+            writer.add_table(probe.table(partition), list(self.schedule[probe.name]))
+
+    def due(self, step: int) -> list[Probe]:
+        """Returns the probes that measure at this step."""
+        return [probe for probe in self.probes if step in self.schedule[probe.name]]
+
+    def record(self, probe: Probe, snapshot: Snapshot) -> Measurement:
+        """Measures one row and writes it; a probe that raises leaves its row marked with the reason.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        start = time.perf_counter()
+        device = snapshot.parameters.device
+        reset_peak_memory(device)
+        try:
+            row: dict[str, Any] = dict(probe.measure(snapshot))
+            if not np.isfinite(float(row["loss"])):
+                raise FloatingPointError(f"the loss on the probe's batch is {float(row['loss'])}")
+        except UserError as error:
+            return self._failed(probe, snapshot, start, str(error))
+        except Exception as error:  # whatever it is, training must go on
+            return self._failed(probe, snapshot, start, f"{type(error).__name__}: {error}")
+        seconds = time.perf_counter() - start
+        row.update(seconds=seconds, peak_memory=peak_memory(device))
+        self.writer.write(probe.name, snapshot.step, {name: _array(value) for name, value in row.items()})
+        return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=row)
+
+    def _failed(self, probe: Probe, snapshot: Snapshot, start: float, reason: str) -> Measurement:
+        self.writer.fail(probe.name, snapshot.step, reason)
+        seconds = time.perf_counter() - start
+        return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=None, failure=reason)
+
+
+def _array(value: Any) -> Any:
+    return value.detach().double().cpu().numpy() if isinstance(value, torch.Tensor) else value
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new high-water mark where the device keeps one of its own (CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Returns the high-water mark in bytes: of the GPU since the last reset, or of this whole process so far."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -1,0 +1,119 @@
+"""From a recipe to the things a run needs: device, corpus, model, and a log that says where its numbers come from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hessprobe.errors import UserError
+from hessprobe.problem.corpus import Corpus
+from hessprobe.problem.partition import Partition
+from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
+from hessprobe.recipe import Recipe
+from hessprobe.store.writer import RunWriter
+
+RECIPE_FILE = "recipe.toml"
+_LIBRARIES = ("hessprobe", "torch", "curvlinops-for-pytorch", "numpy", "xarray", "zarr")
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Returns the device; "auto" takes a GPU where there is one.
+
+    Raises:
+        UserError: a device that torch does not know or this machine does not have.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        have = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(
+            f"--device {wanted}: not to be had here; this machine has {', '.join(have)}"
+        ) from error
+    return device
+
+
+def decoder_config(recipe: Recipe) -> DecoderConfig:
+    """Returns the decoder's shape: the named size with the recipe's own numbers in place.
+
+    Raises:
+        UserError: numbers that make no decoder.
+    """
+    own = recipe.model.model_dump(exclude={"size"}, exclude_none=True)
+    return replace(SIZES[recipe.model.size], **own)
+
+
+def open_corpus(recipe: Recipe) -> Corpus:
+    """Returns the recipe's corpus, its windows as long as the model's context."""
+    config = decoder_config(recipe)
+    return Corpus.open(
+        recipe.data.source,
+        context=config.context,
+        held_out_fraction=recipe.data.held_out_fraction,
+        vocabulary=config.vocabulary,
+    )
+
+
+def build_model(recipe: Recipe, device: torch.device) -> Decoder:
+    """Returns the decoder with its initial weights, drawn on the CPU so that a seed means the same everywhere."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return Decoder(decoder_config(recipe), generator=generator).to(device)
+
+
+def start_log(
+    recipe: Recipe, folder: Path, device: torch.device, corpus: Corpus, partition: Partition, *, resume: bool
+) -> RunWriter:
+    """Returns the writer of a new run's log, with its recipe beside it, or of the one to resume.
+
+    Raises:
+        UserError: a folder that cannot be written, or that holds a run already.
+    """
+    if resume:
+        return RunWriter.reopen(folder)
+    writer = RunWriter.create(folder, run_attributes(recipe, folder, device, corpus, partition))
+    (folder / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
+    return writer
+
+
+def run_attributes(
+    recipe: Recipe, folder: Path, device: torch.device, corpus: Corpus, partition: Partition
+) -> dict[str, object]:
+    """Returns the root attributes of a log: everything needed to know where its numbers come from."""
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return {
+        "name": folder.name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "recipe": recipe.model_dump_json(),
+        "seed": recipe.seed,
+        "versions": json.dumps({"python": platform.python_version(), **versions}),
+        "git_commit": _git_commit(),
+        "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
+        "data": json.dumps(dict(corpus.fingerprint)),
+        "partition": json.dumps(partition.sizes),
+    }
+
+
+def _git_commit() -> str:
+    """Returns the commit of the source tree hessprobe runs from, or "" where it is installed without one."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip()

@@ -1,0 +1,244 @@
+"""Models that one way of differentiating cannot take are measured another way, and the answer stays right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from hessprobe.curvature.gauss_newton import GaussNewton, block_tangents
+from hessprobe.curvature.hessian import Hessian
+from hessprobe.errors import UserError
+from hessprobe.problem.objective import Objective
+from hessprobe.problem.partition import Partition
+from tests import models, oracles
+from tests.cases import Case
+
+EXACT = 1e-10
+Zoo = Callable[[str], Case]
+Seeded = Callable[[int], torch.Generator]
+
+
+class Checkpointed(nn.Module):
+    """Activations of the body are recomputed in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh())
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        body = checkpoint(self.body, x, use_reentrant=False)
+        assert isinstance(body, Tensor)
+        return self.head(body)
+
+
+class Cubic(torch.autograd.Function):
+    """x + x^3 with a backward of its own and no forward mode, as most custom functions are written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x + x**3
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return cotangents[0] * (1 + 3 * x**2)
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Cubic.apply(self.body(x)))  # type: ignore[arg-type]
+
+
+AWKWARD = {"activation checkpointing": Checkpointed, "custom autograd.Function": Custom}
+
+
+def awkward(kind: type[nn.Module], generator: Seeded) -> Case:
+    draws = generator(13)
+    batches = [(models.real(draws, n, 4), models.labels(draws, 4, n)) for n in (6, 3)]
+    return Case.on(models.Problem(models.redraw(kind(), draws), batches, "cross_entropy"))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("kind", AWKWARD.values(), ids=AWKWARD)
+def test_auto_takes_reverse_over_reverse_where_the_model_forces_it(
+    generator: Seeded, kind: type[nn.Module], k: int
+) -> None:
+    case = awkward(kind, generator)
+    operator = case.hessian(engine="auto")
+    v = case.rows(k)
+    assert oracles.relative_error(operator.apply(v), v @ case.truth.hessian) < EXACT
+    assert operator.engine == "reverse-over-reverse"
+
+
+def test_auto_takes_forward_over_reverse_where_it_can(zoo_case: Zoo) -> None:
+    operator = zoo_case("decoder").hessian(engine="auto")
+    operator.apply(zoo_case("decoder").rows(1))
+    assert operator.engine == "forward-over-reverse"
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("kind", AWKWARD.values(), ids=AWKWARD)
+def test_gauss_newton_is_right_without_forward_mode_too(
+    generator: Seeded, kind: type[nn.Module], k: int
+) -> None:
+    case = awkward(kind, generator)
+    v = case.rows(k)
+    assert oracles.relative_error(case.gauss_newton().apply(v), v @ case.truth.gauss_newton) < EXACT
+
+
+@pytest.mark.parametrize("kind", AWKWARD.values(), ids=AWKWARD)
+def test_column_restricted_products_are_right_without_forward_mode_too(
+    generator: Seeded, kind: type[nn.Module]
+) -> None:
+    case = awkward(kind, generator)
+    column, row = case.partition.blocks[0], case.partition.blocks[-1]
+    v = torch.zeros(2, case.partition.size, dtype=torch.float64)
+    v[:, case.partition.slices[column]] = case.rows(2)[:, case.partition.slices[column]]
+    for operator, truth in (
+        (case.gauss_newton(), case.truth.gauss_newton),
+        (case.hessian(), case.truth.hessian),
+    ):
+        wanted = torch.zeros_like(v)
+        wanted[:, case.partition.slices[row]] = (v @ truth)[:, case.partition.slices[row]]
+        assert oracles.relative_error(operator.apply(v, columns=[column], rows=[row]), wanted) < EXACT
+
+
+@pytest.mark.parametrize("kind", AWKWARD.values(), ids=AWKWARD)
+def test_block_tangents_are_right_without_forward_mode_too(generator: Seeded, kind: type[nn.Module]) -> None:
+    case = awkward(kind, generator)
+    batch, direction = case.problem.batches[0], case.rows(1)[0]
+    theta = case.partition.vector(case.problem.model)
+    z, tangents = block_tangents(case.objective, batch, case.partition, direction, theta)
+    step = 1e-6
+    for block, tangent in zip(case.partition.blocks, tangents, strict=True):
+        moved = torch.zeros_like(direction)
+        moved[case.partition.slices[block]] = step * direction[case.partition.slices[block]]
+        up, down = (
+            case.objective.outputs(batch, case.partition.unflatten(point)).detach()
+            for point in (theta + moved, theta - moved)
+        )
+        assert oracles.relative_error(tangent, (up - down) / (2 * step)) < 1e-7
+
+
+class Scatter(nn.Module):
+    """Writes in place into memory of its own, which vmap over tangents does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = torch.zeros(len(x), 6, dtype=x.dtype)
+        padded[:, :] = self.body(x).tanh()
+        return self.head(padded)
+
+
+class Branching(nn.Module):
+    """Looks at its activations to decide what to do, as routers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x).tanh()
+        return self.head(hidden * 2 if float(hidden.detach().sum()) > 0 else hidden**2)
+
+
+class Unused(nn.Module):
+    """Has a layer that its outputs do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooler, self.body, self.head = nn.Linear(4, 2), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh())
+
+
+class UnusedCustom(Custom):
+    """The same without forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(4, 2)
+
+
+STUBBORN = {
+    "in-place writes": Scatter,
+    "branches on data": Branching,
+    "unused": Unused,
+    "unused custom": UnusedCustom,
+}
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("kind", STUBBORN.values(), ids=STUBBORN)
+def test_models_that_resist_batching_are_measured_all_the_same(
+    generator: Seeded, kind: type[nn.Module], k: int
+) -> None:
+    case = awkward(kind, generator)
+    v = case.rows(k)
+    assert oracles.relative_error(case.hessian().apply(v), v @ case.truth.hessian) < EXACT
+    assert oracles.relative_error(case.gauss_newton().apply(v), v @ case.truth.gauss_newton) < EXACT
+
+
+@pytest.mark.parametrize("kind", [Unused, UnusedCustom])
+def test_the_columns_and_rows_of_an_unused_layer_are_zero(generator: Seeded, kind: type[nn.Module]) -> None:
+    case = awkward(kind, generator)
+    v = torch.zeros_like(case.rows(2))
+    v[:, case.partition.slices["pooler"]] = 1.0
+    for operator in (case.gauss_newton(), case.hessian()):
+        assert not operator.apply(v, columns=["pooler"]).any()
+        assert not operator.apply(v, columns=["pooler"], rows=["pooler"]).any()
+        assert not operator.apply(case.rows(2), rows=["pooler"]).any()
+
+
+class OnceOnly(torch.autograd.Function):
+    """A function whose gradient cannot be differentiated again, as hand-written fused kernels often are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        return cotangents[0] * (1 - x.tanh() ** 2)
+
+
+class Kernel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(OnceOnly.apply(self.body(x)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("operator", ["gauss_newton", "hessian"])
+def test_a_model_that_cannot_be_differentiated_twice_raises_instead_of_answering(
+    generator: Seeded, operator: str
+) -> None:
+    # torch.autograd.grad towards named inputs steps around the error that once_differentiable leaves behind.
+    draws = generator(14)
+    batch = (models.real(draws, 5, 4), models.labels(draws, 4, 5))
+    model = models.redraw(Kernel(), draws)
+    partition = Partition.of(model, "module")
+    kind = {"gauss_newton": GaussNewton, "hessian": Hessian}[operator]
+    with pytest.raises((UserError, RuntimeError), match="(?i)differentia|symmetr|derivative"):
+        kind(Objective(model), [batch], partition).apply(torch.ones(1, partition.size, dtype=torch.float64))

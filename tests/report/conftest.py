@@ -1,0 +1,29 @@
+"""One stored run and its page, made once for all tests of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import xarray as xr
+
+from hessprobe.analysis import open_run
+from hessprobe.report.page import write_report
+from tests.report.runs import write_run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run with seven probed steps, of which one failed and one holds no number."""
+    folder = tmp_path_factory.mktemp("runs") / "nano"
+    return write_run(folder, failed={10: "out of memory: 8 rows need 3.2 GB"}, blank=[15])
+
+
+@pytest.fixture(scope="session")
+def page(run: Path) -> Path:
+    return write_report(run)
+
+
+@pytest.fixture(scope="session")
+def log(run: Path) -> xr.DataTree:
+    return open_run(run)

@@ -1,0 +1,217 @@
+"""The page in a real browser: no network, no error, sections, slider, hover, both widths and schemes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xarray as xr
+
+from hessprobe.analysis import coupling, open_run
+from hessprobe.report.page import write_report
+from tests.report.runs import LAYERS, write_run
+from tests.report.test_page import HOSTILE
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium found on PATH; Debian: apt-get install chromium"
+)
+ARGUMENTS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--no-first-run",
+]  # fmt: skip
+SECTIONS = ["findings", "cross_layer", "training", "costs", "provenance", "reading"]
+CHARTS = [
+    "coupling",
+    "shares",
+    "distance",
+    "off_block_energy",
+    "cross_share",
+    "loss",
+    "step_size",
+    "decrease",
+    "seconds",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser) -> Iterator[Callable]:
+    """Returns the function (page file, width, scheme) -> an open page.
+
+    At the end no page may have asked the network for anything or have complained on its console.
+    """
+    contexts, complaints = [], []
+
+    def opened(path: Path, width: int = 1280, scheme: str = "light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        tab.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        tab.on("request", lambda request: check_local(request.url, path))
+        tab.goto(path.as_uri())
+        tab.wait_for_selector("#chart-loss .main-svg")
+        return tab
+
+    def check_local(url: str, path: Path) -> None:
+        if url != path.as_uri() and not url.startswith(("data:", "blob:")):
+            complaints.append(f"request: {url}")
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_section_and_chart_shows_without_sideways_scrolling(visit, page, width, scheme):
+    tab = visit(page, width, scheme)
+    for name in SECTIONS:
+        assert tab.locator(f"section#{name} h2").is_visible(), name
+        assert tab.locator(f"section#{name}").bounding_box()["height"] > 60, name
+    for name in CHARTS:
+        box = tab.locator(f"#chart-{name} .main-svg").first.bounding_box()
+        assert box["width"] > 300 and box["height"] > 150 and box["x"] + box["width"] <= width, name
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_charts_follow_the_scheme(visit, page):
+    tab = visit(page)
+
+    def ink() -> str:
+        return tab.evaluate("getComputedStyle(document.querySelector('#chart-loss .ytick text')).fill")
+
+    def line() -> str:
+        return tab.evaluate("document.getElementById('chart-loss').data[1].line.color")
+
+    light = ink(), line()
+    tab.emulate_media(color_scheme="dark")
+    tab.wait_for_timeout(300)
+    dark = ink(), line()
+    assert light[0] != dark[0] and light[1] != dark[1]
+    assert "var(" not in dark[1]
+
+
+def shown_matrix(tab, chart: str = "coupling") -> list[list[Any]]:
+    return tab.evaluate(f"document.getElementById('chart-{chart}').data[0].z")
+
+
+def move_slider(tab, index: int) -> None:
+    slider = tab.locator("#step-slider")
+    slider.focus()
+    slider.press("Home")
+    for _ in range(index):
+        slider.press("ArrowRight")
+    tab.wait_for_timeout(200)
+
+
+def test_the_slider_shows_the_matrix_pairs_and_shares_of_its_step(visit, page, log: xr.DataTree):
+    tab = visit(page)
+    rows = coupling(log["cross_layer"].to_dataset())
+    for index in (0, 3, rows.sizes["step"] - 1):
+        move_slider(tab, index)
+        row = rows.isel(step=index)
+        assert tab.locator("#step-shown").inner_text() == str(int(row["step"]))
+        matrix = shown_matrix(tab)
+        for i in range(len(LAYERS)):
+            for j in range(len(LAYERS)):
+                stored = float(row["coupling"][i, j])
+                assert matrix[i][j] is None if i == j else math.isclose(matrix[i][j], stored, rel_tol=1e-6)
+        pairs = sorted(
+            ((float(row["coupling"][i, j]), i, j) for i in range(len(LAYERS)) for j in range(i)), reverse=True
+        )
+        value, j, i = pairs[0]
+        first = tab.locator("#strongest-pairs tr").first.inner_text().split("\t")
+        assert first[0] == f"{LAYERS[i]} × {LAYERS[j]}"
+        assert first[1].startswith(f"{value:.3f} ± {float(row['coupling_stderr'][i, j]):.3f}")
+        assert tab.evaluate("document.getElementById('chart-off_block_energy').layout.shapes[0].x0") == int(
+            row["step"]
+        )
+
+
+def test_the_direction_changes_the_shares(visit, page):
+    tab = visit(page)
+    update = shown_matrix(tab, "shares")
+    tab.get_by_label("−gradient").check()
+    tab.wait_for_timeout(200)
+    assert shown_matrix(tab, "shares") != update
+
+
+def hover(tab, chart: str, across: float, down: float) -> str:
+    area = tab.locator(f"#chart-{chart} .nsewdrag").first
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    tab.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"])
+    tab.wait_for_selector(f"#chart-{chart} .hoverlayer .hovertext")
+    return " ".join(tab.locator(f"#chart-{chart} .hoverlayer .hovertext").all_text_contents())
+
+
+def test_hovering_says_which_pair_its_value_and_its_error(visit, page, log: xr.DataTree):
+    tab = visit(page)
+    last = coupling(log["cross_layer"].to_dataset()).isel(step=-1)
+    said = hover(tab, "coupling", across=3.5 / 6, down=1.5 / 6)  # row 1, column 3
+    value, stderr = float(last["coupling"][1, 3]), float(last["coupling_stderr"][1, 3])
+    assert LAYERS[1] in said and LAYERS[3] in said
+    assert f"{value:.3g} ± {stderr:.2g}" in said
+    said = hover(tab, "off_block_energy", across=0.99, down=0.1)
+    energy = log["cross_layer"].to_dataset().sel(step=30)
+    assert f"{float(energy['off_block_energy']):.4g} ± {float(energy['off_block_energy_stderr']):.4g}" in said
+
+
+def test_names_stay_text_in_the_browser(visit, tmp_path):
+    blocks = [f"{HOSTILE}{i}" for i in range(3)]
+    tab = visit(write_report(write_run(tmp_path / "run", blocks=blocks, name=HOSTILE)))
+    move_slider(tab, 1)
+    tab.wait_for_timeout(300)
+    assert tab.evaluate("window.pwned") is None
+    assert tab.locator("h1").inner_text() == HOSTILE and tab.title().startswith(HOSTILE)
+    assert tab.locator("img, main b, .chart b, .chart a").count() == 0
+    assert tab.locator("#strongest-pairs td").first.inner_text().count(HOSTILE) == 2
+    # Plotly would have turned an unescaped <b>x</b> into a bold x; the tick must show its letters.
+    ticks = tab.locator("#chart-coupling .ytick text").all_text_contents()
+    assert ticks and all(tick.startswith("</script") for tick in ticks)
+
+
+def test_a_page_without_probes_still_draws_training(visit, tmp_path):
+    tab = visit(write_report(write_run(tmp_path / "run", steps=None)))
+    assert "--probe cross_layer" in tab.locator("section#cross_layer .missing").inner_text()
+
+
+def test_a_thousand_probed_and_ten_thousand_training_steps(visit, tmp_path):
+    blocks = ("embedding", *(f"block.{i}" for i in range(12)), "head")
+    folder = write_run(tmp_path / "run", blocks=blocks, steps=range(0, 10_000, 10), train_steps=10_000)
+    start = time.perf_counter()
+    path = write_report(folder)
+    assert time.perf_counter() - start < 10
+    assert path.stat().st_size < 15e6
+    tab = visit(path)
+    took = tab.evaluate(
+        """async () => {
+          const slider = document.getElementById("step-slider"), start = performance.now();
+          for (let i = 0; i < 10; i++) {
+            slider.value = 97 * i;
+            slider.dispatchEvent(new Event("input"));
+            await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+          }
+          return performance.now() - start;
+        }"""
+    )
+    assert took / 10 < 1000  # milliseconds a move of the slider, on a busy two-core machine without a GPU
+    assert tab.locator("#step-shown").inner_text() == "8,730"
+    rows = coupling(open_run(folder)["cross_layer"].to_dataset().sel(step=[8730]))
+    assert math.isclose(shown_matrix(tab)[0][1], float(rows["coupling"][0, 0, 1]), rel_tol=1e-6)

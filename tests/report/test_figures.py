@@ -1,0 +1,84 @@
+"""Figures draw what is stored, return what they drew, and are written as PDF with real text and as PNG."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from hessprobe.analysis import open_run
+from hessprobe.errors import UserError
+from hessprobe.report.figures import coupling_heatmap, cross_share_over_training, loss_curve, save
+from tests.report.runs import write_run
+
+SCRIPT = Path(__file__).parents[2] / "analyses" / "cross_layer_importance.py"
+
+
+def test_the_heatmap_draws_the_row_it_returns_with_the_diagonal_blank(log: xr.DataTree):
+    figure, drawn = coupling_heatmap(log, step=20)
+    image = np.ma.asarray(figure.axes[0].images[0].get_array())
+    stored = log["cross_layer"].to_dataset().sel(step=20)
+    off = ~np.eye(6, dtype=bool)
+    assert np.ma.getmaskarray(image).diagonal().all()
+    np.testing.assert_array_equal(np.asarray(image)[off], stored["coupling"].values[off])
+    np.testing.assert_array_equal(drawn["coupling_stderr"].values[off], stored["coupling_stderr"].values[off])
+    assert int(coupling_heatmap(log)[1]["step"]) == 30
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(stored["block"].values)
+
+
+def test_the_lines_are_the_data_returned(log: xr.DataTree):
+    figure, shares = cross_share_over_training(log)
+    for line, direction in zip(figure.axes[0].lines, ("update", "negative_gradient"), strict=False):
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), 100 * shares.sel(direction=direction).values)
+    matrix = log["cross_layer"].to_dataset()["step_curvature"].sel(step=30, direction="update").values
+    expected = (matrix.sum() - np.trace(matrix)) / matrix.sum()
+    assert float(shares.sel(step=30, direction="update")) == pytest.approx(expected, rel=1e-12)
+    figure, curve = loss_curve(log)
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), log["train"]["loss"].values)
+    np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), curve["held_out_loss"].dropna("step"))
+
+
+def test_saved_as_pdf_with_text_and_png_at_column_width(log: xr.DataTree, tmp_path):
+    figure, _ = loss_curve(log)
+    paths = save(figure, tmp_path / "figures", "loss")
+    assert [path.name for path in paths] == ["loss.pdf", "loss.png"]
+    pdf = paths[0].read_bytes()
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType embedded, not letters as drawings
+    assert paths[1].read_bytes().startswith(b"\x89PNG")
+    assert figure.get_figwidth() == pytest.approx(3.35)
+
+
+def test_what_cannot_be_drawn_is_said(log: xr.DataTree, tmp_path):
+    with pytest.raises(UserError, match="step 7 was not measured; measured: 0, 5, 20, 25, 30"):
+        coupling_heatmap(log, step=7)
+    bare = open_run(write_run(tmp_path / "bare", steps=None))
+    with pytest.raises(UserError, match="no table 'cross_layer'"):
+        coupling_heatmap(bare)
+    blank = open_run(write_run(tmp_path / "blank", steps=[0], blank=[0]))
+    with pytest.raises(UserError, match="nothing to draw"):
+        cross_share_over_training(blank)
+
+
+def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path):
+    run = open_run(write_run(tmp_path / "run", blocks=["$x_1", "$\\bad{", "head"]))
+    save(coupling_heatmap(run)[0], tmp_path, "coupling")
+
+
+def test_the_script_saves_figures_and_prints_findings_and_files(run: Path, tmp_path):
+    other = write_run(tmp_path / "other" / "nano", seed=1)
+    call = [sys.executable, str(SCRIPT), str(run), str(other), "--out", str(tmp_path / "figures")]
+    result = subprocess.run(call, check=True, capture_output=True, text=True)
+    written = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    names = [f"nano-{i}-{name}" for i in (0, 1) for name in ("coupling", "cross_share", "loss")]
+    assert written == sorted(f"{name}.{kind}" for name in names for kind in ("pdf", "png"))
+    assert all(name in result.stdout for name in written) and "lies between layers" in result.stdout
+
+
+def test_the_script_answers_a_mistake_with_one_line(tmp_path):
+    call = [sys.executable, str(SCRIPT), str(tmp_path / "none"), "--out", str(tmp_path)]
+    result = subprocess.run(call, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no run at" in result.stderr

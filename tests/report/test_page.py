@@ -1,0 +1,271 @@
+"""The page says what the store holds: every number equals one recomputed here; what is missing is said."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from hessprobe.errors import UserError
+from hessprobe.report import page as page_module
+from hessprobe.report.page import write_report
+from tests.report.runs import LAYERS, write_run
+
+SOUND = [0, 5, 20, 25, 30]  # of the probed steps 0, 5 ... 30: step 10 failed, step 15 holds no number
+
+
+def script_json(text: str, name: str):
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def numbers(packed) -> np.ndarray:
+    """Returns the numbers of a plotly array, packed or plain."""
+    if isinstance(packed, dict):
+        return np.frombuffer(base64.b64decode(packed["bdata"]), dtype=packed["dtype"])
+    return np.array(packed, dtype=float)
+
+
+def stack(text: str, name: str) -> np.ndarray:
+    frames = script_json(text, "frame-data")["cross_layer"]
+    shape = (len(frames["steps"]), len(frames["blocks"]), len(frames["blocks"]))
+    return np.frombuffer(base64.b64decode(frames["stacks"][name]), dtype="<f4").reshape(shape)
+
+
+def facts(text: str) -> dict[str, str]:
+    """Returns the page's label -> value pairs as a reader sees them."""
+    pairs = re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text)
+    return {unescape(label): unescape(value) for label, value in pairs}
+
+
+def finding(text: str, name: str) -> tuple[float, float | None, str]:
+    found = re.search(rf'data-name="{name}" value="(.*?)" data-stderr="(.*?)">(.*?)</data>', text, re.DOTALL)
+    assert found, name
+    return float(found[1]), float(found[2]) if found[2] else None, unescape(found[3])
+
+
+@pytest.fixture(scope="module")
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def table(log: xr.DataTree) -> xr.Dataset:
+    return log["cross_layer"].to_dataset().sel(step=SOUND).load()
+
+
+def test_the_matrices_behind_the_slider_are_those_stored(text, table):
+    frames = script_json(text, "frame-data")["cross_layer"]
+    assert frames["steps"] == SOUND and tuple(frames["blocks"]) == LAYERS
+    np.testing.assert_allclose(stack(text, "coupling"), table["coupling"], rtol=1e-6)
+    np.testing.assert_allclose(stack(text, "coupling_stderr"), table["coupling_stderr"], rtol=1e-6)
+    for direction in ("update", "negative_gradient"):
+        curvature = table["step_curvature"].sel(direction=direction).values
+        whole = curvature.sum(axis=(1, 2), keepdims=True)
+        np.testing.assert_allclose(stack(text, f"share.{direction}"), curvature / whole, rtol=1e-5)
+
+
+def test_the_means_by_distance_are_those_of_the_stored_pairs(text, table):
+    frames = script_json(text, "frame-data")["cross_layer"]
+    assert frames["distances"] == [1, 2, 3, 4, 5]
+    for name in ("coupling", "coupling_stderr"):
+        shown = np.frombuffer(base64.b64decode(frames["means"][name]), dtype="<f4").reshape(len(SOUND), 5)
+        expected = [
+            [np.diagonal(matrix, offset=d).mean() for d in range(1, 6)] for matrix in table[name].values
+        ]
+        np.testing.assert_allclose(shown, expected, rtol=1e-5)
+
+
+def test_the_lines_over_training_are_those_stored(text, table, log):
+    charts = script_json(text, "chart-data")
+    energy = charts["off_block_energy"]["data"][0]
+    np.testing.assert_array_equal(numbers(energy["x"]), SOUND)
+    np.testing.assert_array_equal(numbers(energy["y"]), table["off_block_energy"])
+    np.testing.assert_array_equal(numbers(energy["error_y"]["array"]), table["off_block_energy_stderr"])
+    for line, direction in zip(charts["cross_share"]["data"], ("update", "negative_gradient"), strict=True):
+        matrices = table["step_curvature"].sel(direction=direction).values
+        expected = [(m.sum() - np.diag(m).sum()) / m.sum() for m in matrices]
+        np.testing.assert_allclose(numbers(line["y"]), expected, rtol=1e-12)
+    train = log["train"].to_dataset().load()
+    loss, held_out = charts["loss"]["data"]
+    np.testing.assert_array_equal(numbers(loss["y"]), train["loss"])
+    np.testing.assert_array_equal(numbers(held_out["y"]), train["held_out_loss"].dropna("step"))
+    np.testing.assert_array_equal(numbers(charts["step_size"]["data"][0]["y"]), train["step_size"])
+    np.testing.assert_array_equal(numbers(charts["decrease"]["data"][0]["y"]), train["actual_decrease"])
+    np.testing.assert_array_equal(numbers(charts["decrease"]["data"][1]["y"]), train["predicted_decrease"])
+    np.testing.assert_array_equal(numbers(charts["seconds"]["data"][0]["y"]), table["seconds"])
+
+
+def test_the_findings_state_the_stored_numbers(text, table, log):
+    last = table.sel(step=30)
+    value, stderr, sentence = finding(text, "off_block_energy")
+    assert value == float(last["off_block_energy"])
+    assert stderr is not None and stderr == float(last["off_block_energy_stderr"])
+    assert f"{100 * value:.1f} ± {100 * stderr:.1f} %" in sentence and "step 30" in sentence
+    curvature = last["step_curvature"].sel(direction="update").values
+    share = 1 - np.trace(curvature) / curvature.sum()
+    value, stderr, sentence = finding(text, "cross_share_update")
+    assert value == pytest.approx(share, rel=1e-12) and stderr is None
+    assert f"{100 * share:.1f} %" in sentence and f"{100 - 100 * share:.1f} %" in sentence
+    off = np.where(np.eye(6, dtype=bool), 0, last["coupling"].values)
+    i, j = np.unravel_index(off.argmax(), off.shape)
+    value, stderr, sentence = finding(text, "strongest_pair")
+    assert value == off.max() and stderr == last["coupling_stderr"].values[i, j]
+    assert LAYERS[i] in sentence and LAYERS[j] in sentence
+    held_out = log["train"]["held_out_loss"].values
+    value, _, sentence = finding(text, "held_out_loss")
+    assert value == np.nanmin(held_out)
+    assert f"{held_out[0]:.4g}" in sentence and f"{value:.4g}" in sentence
+    seconds = float(table["seconds"].sum())
+    value, _, sentence = finding(text, "measuring_cost")
+    training = float(log["train"]["seconds"][-1])  # of the steps alone
+    assert value == pytest.approx(seconds / (training + seconds), rel=1e-12)
+    assert f"{seconds:.1f} s" in sentence
+
+
+def test_the_facts_of_training_costs_and_provenance_are_those_stored(text, table, log):
+    shown, train = facts(text), log["train"].to_dataset().load()
+    held_out = train["held_out_loss"].dropna("step")
+    assert shown["best held-out loss"] == (
+        f"{float(held_out.min()):.4g} nats per token, step {int(held_out['step'][held_out.values.argmin()])}"
+    )
+    assert shown["last held-out loss"] == f"{float(held_out[-1]):.4g} nats per token"
+    assert shown["last training loss"] == f"{float(train['loss'][-1]):.4g} nats per token"
+    assert shown["training tokens"] == f"{int(train['tokens'][-1]):,}"
+    assert shown["line-search tokens"] == f"{int(train['line_search_tokens'][-1]):,}"
+    assert shown["gradient equivalents"] == f"{float(train['gradient_equivalents'][-1]):.4g}"
+    assert shown["time of training steps"] == f"{float(train['seconds'][-1]):,.1f} s"
+    cells = re.findall(
+        r"<td>(.*?)</td>", re.findall(r'<section id="costs">.*?</section>', text, re.DOTALL)[0]
+    )
+    assert cells == [
+        "cross_layer", "7", "1", f"{float(table['seconds'].sum()):.4g}",
+        f"{float(table['seconds'].median()):.4g}", f"{float(table['gradient_equivalents'].median()):.4g}",
+        f"{float(table['peak_memory'].max()) / 2**20:.4g} MiB",
+    ]  # fmt: skip
+    assert shown["commit"] == "0123abc" and shown["seed"] == "0" and shown["data: sha256"] == "ab12" * 16
+    assert shown["data: bytes"] == "12,345,678"
+    for word in ("optimizer.inner_steps", "2.13.0", "1,014", "3.0e-07"):
+        assert f">{word}<" in text or word in text
+
+
+def test_failed_rows_are_listed_with_their_reason(text):
+    assert "1 row failed" in text and "step 10: out of memory: 8 rows need 3.2 GB" in text
+
+
+def test_the_page_carries_plotly_once_and_asks_for_nothing(text):
+    assert text.count("plotly.js v") == 1
+    without_plotly = re.sub(r"<script>/\*\*\s*\* plotly\.js.*?</script>", "", text, flags=re.DOTALL)
+    assert len(without_plotly) < 300_000
+    assert not re.search(r'(src|href)\s*=\s*"(https?:)?//', without_plotly)
+
+
+HOSTILE = '</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1"><b>x</b>&amp;'
+
+
+def test_no_name_can_inject_markup(tmp_path):
+    blocks = [f"{HOSTILE}{i}" for i in range(3)]
+    recipe = json.dumps({HOSTILE: HOSTILE, "nested": {"key": HOSTILE}})
+    folder = write_run(
+        tmp_path / "run", blocks=blocks, name=HOSTILE, recipe=recipe, device=HOSTILE, git_commit=HOSTILE,
+        versions=json.dumps({HOSTILE: HOSTILE}), data=json.dumps({"source": HOSTILE}), created=HOSTILE,
+        failed={5: HOSTILE},
+    )  # fmt: skip
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "window.pwned=1</script>" not in text and "<img" not in text and "<b>" not in text
+    assert script_json(text, "frame-data")["cross_layer"]["blocks"] == blocks
+    # Plotly reads its texts as HTML of its own, so names reach it escaped once more.
+    assert unescape(script_json(text, "chart-data")["coupling"]["data"][0]["x"][0]) == blocks[0]
+    assert "<" not in script_json(text, "chart-data")["coupling"]["data"][0]["x"][0]
+
+
+def test_a_missing_table_says_which_flag_records_it(tmp_path):
+    text = write_report(write_run(tmp_path / "run", steps=None)).read_text(encoding="utf-8")
+    assert "hessprobe train --probe cross_layer records it" in unescape(text)
+    assert "Training" in text and "best held-out loss" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"steps": [0], "failed": {0: "no memory"}}, "could be measured (step 0: no memory)"),
+        ({"steps": [0, 5], "blank": [0, 5]}, "holds a number yet"),
+        ({"steps": [], "train_steps": 0}, "holds no recorded row yet"),
+        ({"steps": [0], "blocks": ["all"]}, "1 measured"),
+        ({"steps": [0], "blocks": ["mine", "yours"]}, "These blocks have no depth"),
+        ({"recipe": "not json", "partition": "", "data": "{}", "versions": "[1]"}, "not recorded"),
+    ],
+)
+def test_empty_and_odd_runs_give_a_page(tmp_path, arguments, said):
+    text = write_report(write_run(tmp_path / "run", **arguments)).read_text(encoding="utf-8")
+    assert said in unescape(text) and "How to read this page" in text
+    script_json(text, "chart-data")
+
+
+def test_a_run_without_attributes_or_tables_gives_a_page(tmp_path):
+    from hessprobe.store.writer import RunWriter
+
+    RunWriter.create(tmp_path / "bare", {}).close()
+    text = write_report(tmp_path / "bare").read_text(encoding="utf-8")
+    assert "bare" in text and "No measured row yet" in text
+
+
+def test_a_run_in_progress_gives_the_page_so_far(tmp_path):
+    from hessprobe.store.writer import RunWriter
+    from tests.report.runs import attributes, cross_layer_row, cross_layer_table, train_row, train_table
+
+    rng = np.random.default_rng(0)
+    writer = RunWriter.create(tmp_path / "run", attributes())
+    writer.add_table(train_table(), range(100))
+    writer.add_table(cross_layer_table(), None)
+    writer.write("train", 0, train_row(0, 100, True, rng))
+    writer.write("cross_layer", 0, cross_layer_row(LAYERS, 0.0, rng))
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert facts(text)["steps recorded"] == "1 of 31: in progress, or cut off"
+    writer.write("cross_layer", 10, cross_layer_row(LAYERS, 0.5, rng))
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert script_json(text, "frame-data")["cross_layer"]["steps"] == [0, 10]
+    writer.close()
+
+
+def test_no_run_there_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="no run at"):
+        write_report(tmp_path / "nothing")
+
+
+def test_the_page_is_written_whole_or_not_at_all(tmp_path, run, monkeypatch):
+    target = write_report(run, tmp_path / "deep" / "page.html")
+    before = target.read_text(encoding="utf-8")
+
+    def fails(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(page_module.os, "replace", fails)
+    with pytest.raises(OSError, match="no space"):
+        write_report(run, target)
+    assert target.read_text(encoding="utf-8") == before
+    assert [path.name for path in target.parent.iterdir()] == ["page.html"]
+
+
+def test_reading_and_reporting_need_no_torch(run, tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from pathlib import Path; from rich.console import Console\n"
+        "from hessprobe.report.page import write_report\n"
+        "from hessprobe.report.figures import coupling_heatmap\n"
+        "from hessprobe.report.terminal import show\n"
+        "from hessprobe.analysis import open_run\n"
+        "path = Path(sys.argv[1]); write_report(path, Path(sys.argv[2]) / 'page.html')\n"
+        "coupling_heatmap(open_run(path)); show(path, Console())\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(run), str(tmp_path)], check=True, capture_output=True)
+    assert (tmp_path / "page.html").stat().st_size > 1_000_000
