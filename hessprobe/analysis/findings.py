@@ -58,8 +58,8 @@ def _cost(run: xr.DataTree) -> list[Finding]:
     return [
         Finding(
             name="measuring_cost",
-            sentence=f"Measuring took {percent(share)} of the time of training and measuring: {seconds:,.1f} s for "
-            f"{counted(rows, 'row')}.",
+            sentence=f"Measuring took {percent(share)} of the time of training and measuring: "
+            f"{seconds:,.1f} s for {counted(rows, 'row')}.",
             value=share,
             stderr=None,
             basis="wall clock",

@@ -14,8 +14,8 @@ def sound_rows(table: xr.Dataset, variable: str) -> xr.Dataset:
     if variable not in table:
         return table.isel(step=slice(0, 0))
     values = table[variable]
-    finite = np.isfinite(values.transpose("step", ...).values).reshape(values.sizes["step"], -1).any(axis=1)
-    keep = finite & (failures(table) == "")
+    finite = (abs(values) < np.inf).any([dim for dim in values.dims if dim != "step"])
+    keep = finite.values & (failures(table) == "")
     if "recorded" in table:
         keep &= table["recorded"].values.astype(bool)
     return table.isel(step=np.flatnonzero(keep))

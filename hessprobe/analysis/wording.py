@@ -34,7 +34,7 @@ def percent(value: float, stderr: float | None = None) -> str:
 
 
 def basis(row: xr.Dataset) -> str:
-    """Returns what one measured row rests on: `16 sequences, 1,024 tokens, 8 probes a block, damping 0.001`."""
+    """Returns what one row rests on: `16 sequences, 1,024 tokens, 8 probes a block, damping 0.001`."""
     said: list[str] = []
     for name in ("sequences", "tokens"):
         count = float(row[name]) if name in row else math.nan

@@ -6,7 +6,7 @@ Several: tangents batched over one linearisation, then batched pull-backs, 4/3 g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -71,12 +71,7 @@ class GaussNewton(ModelOperator):
         wanted, moved = self.names_in(rows), self.names_in(columns)
         leaves = self.leaves(self.partition.names)
         z = self.objective.outputs(batch, leaves)
-        # J^T w is linear in w, so its own reverse pass along v gives J v without forward mode.
-        w = torch.zeros_like(z, requires_grad=True)
-        pulled = torch.autograd.grad(z, [leaves[n] for n in moved], w, create_graph=True, allow_unused=True)
-        tangents = self.partition.unflatten(v[0])
-        reached = [(g, tangents[n]) for n, g in zip(moved, pulled, strict=True) if g is not None]
-        (jv,) = torch.autograd.grad([g for g, _ in reached], w, [t for _, t in reached], retain_graph=True)
+        (jv,) = reverse_tangents(z, leaves, self.partition.unflatten(v[0]), [moved])
         back = _pull_back(z, [leaves[name] for name in wanted], self._curve(z, batch, jv))
         return self.flatten_rows(dict(zip(wanted, back, strict=True)), 1)
 
@@ -113,17 +108,48 @@ def block_tangents(
     Cost: l tangent passes, each from its block upward; at most 0.67 l gradients.
     """
     theta, d = partition.unflatten(parameters.detach()), partition.unflatten(direction)
-    found: list[Tensor] = []
-    z = torch.empty(0)
-    with measuring(objective.model), torch.no_grad():
-        for block in partition.blocks:
-            z, jv = dual_outputs(objective, batch, theta, d, partition.parameters_of(block))
-            found.append(jv)
-    return z.detach(), torch.stack(found)
+    groups = [partition.parameters_of(block) for block in partition.blocks]
+    with measuring(objective.model):
+        try:
+            with torch.no_grad():
+                passes = [dual_outputs(objective, batch, theta, d, names) for names in groups]
+            return passes[0][0], torch.stack([jd for _, jd in passes])
+        except (RuntimeError, NotImplementedError):  # the model has no forward mode
+            leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
+            z = objective.outputs(batch, leaves)
+            return z.detach(), torch.stack(reverse_tangents(z, leaves, d, groups)).detach()
+
+
+def reverse_tangents(
+    outputs: Tensor,
+    leaves: Mapping[str, Tensor],
+    tangents: Mapping[str, Tensor],
+    groups: Sequence[Sequence[str]],
+) -> list[Tensor]:
+    """Returns J v (n, c) for v on each group of parameters, without forward mode.
+
+    J^T w is linear in w, so its own reverse pass along v gives J v ("double backward").
+    """
+    w = torch.zeros_like(outputs, requires_grad=True)
+    names = [name for group in groups for name in group]
+    pulled = torch.autograd.grad(outputs, [leaves[n] for n in names], w, create_graph=True, allow_unused=True)
+    by_name = dict(zip(names, pulled, strict=True))
+    found = []
+    for group in groups:
+        live = [(g, tangents[n]) for n in group if (g := by_name[n]) is not None]
+        if live:
+            firsts, along = zip(*live, strict=True)
+            found.append(torch.autograd.grad(firsts, w, along, retain_graph=True)[0])
+        else:
+            found.append(torch.zeros_like(outputs))
+    return found
 
 
 def _pull_back(z: Tensor, leaves: list[Tensor], cotangent: Tensor, batched: bool = False) -> list[Tensor]:
     """Returns J^T cotangent per leaf, with zeros for a leaf on which the outputs do not depend."""
-    grads = torch.autograd.grad(z, leaves, cotangent, allow_unused=True, is_grads_batched=batched)
+    if not z.requires_grad:  # the outputs depend on none of these leaves
+        grads = [None] * len(leaves)
+    else:
+        grads = torch.autograd.grad(z, leaves, cotangent, allow_unused=True, is_grads_batched=batched)
     lead = cotangent.shape[:1] if batched else ()
     return [x.new_zeros(*lead, *x.shape) if g is None else g for x, g in zip(leaves, grads, strict=True)]

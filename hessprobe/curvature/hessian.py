@@ -44,7 +44,9 @@ class Hessian(ModelOperator):
 
             z, pull_back = torch.func.vjp(outputs, {name: point[name] for name in wanted})
             # The loss's gradient in closed form: differentiating through log-softmax would dominate the cost.
-            return pull_back(self.objective.loss_function.gradient(z, targets) / self.tokens)[0]
+            # With gradients off, torch takes silu's fused backward pass, which has no forward mode.
+            with torch.enable_grad():
+                return pull_back(self.objective.loss_function.gradient(z, targets) / self.tokens)[0]
 
         def along(t: dict[str, Tensor]) -> dict[str, Tensor]:
             return torch.func.jvp(gradient, ({name: theta[name] for name in moved},), (t,))[1]

@@ -64,6 +64,7 @@ class ModelOperator(CurvatureOperator):
             raise unknown_name(f"{type(self).__name__} engine", engine, ["auto", *self.ENGINES])
         self._engines = list(self.ENGINES) if engine == "auto" else [engine]
         self._batched = True
+        self._trusted = False
 
     @property
     def engine(self) -> str:
@@ -118,6 +119,8 @@ class ModelOperator(CurvatureOperator):
         if v.shape[0] > 1 and not self._batched:
             return torch.cat([self._attempt(row, columns, rows) for row in v.split(1)])
         try:
+            if self.engine != self.ENGINES[0] and not self._trusted:
+                self._check_symmetry()
             return self._over_batches(self._product(self.engine, v.shape[0]), v, columns, rows)
         except torch.OutOfMemoryError:
             raise
@@ -132,6 +135,26 @@ class ModelOperator(CurvatureOperator):
                 return self._attempt(v, columns, rows)
             except (RuntimeError, NotImplementedError) as second:
                 raise second from refusal
+
+    def _check_symmetry(self) -> None:
+        """Raises where second derivatives are silently missing, once per operator. Cost: 2 products.
+
+        A function whose backward pass cannot be differentiated (once_differentiable, a hand-written kernel) drops
+        out of a reverse pass towards named inputs without an error, and the product is then not symmetric.
+        """
+        generator = torch.Generator().manual_seed(0)
+        u, v = torch.randn(2, self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        product = self._product(self.engine, 1)
+        everything = self.partition.blocks
+        au, av = (self._over_batches(product, x[None], everything, everything)[0] for x in (u, v))
+        gap = (u @ av - v @ au).abs() / (u.norm() * av.norm()).clamp_min(torch.finfo(self.dtype).tiny)
+        if gap > torch.finfo(self.dtype).eps ** 0.4:
+            raise UserError(
+                f"{type(self).__name__}: this model has no second derivatives where it needs them (products are not "
+                f"symmetric, gap {float(gap):.1e}): a custom function or kernel whose backward pass cannot be "
+                "differentiated. Measure with the plain implementation of that layer."
+            )
+        self._trusted = True
 
     def _over_batches(
         self, product: Callable[..., Tensor], v: Tensor, columns: Blocks, rows: Blocks

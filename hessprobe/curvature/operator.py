@@ -62,6 +62,8 @@ class CurvatureOperator:
         columns = everything if columns is None else tuple(columns)
         rows = everything if rows is None else tuple(rows)
         self.partition.check(*columns, *rows)
+        if v.shape[0] == 0 or not columns or not rows:
+            return torch.zeros_like(v)
         return self._apply(v, columns, rows)
 
     def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:

@@ -72,6 +72,10 @@ def _repeated(
     generator: torch.Generator,
 ) -> Estimate:
     check_samples(repetitions)
+    if samples >= operator.size:
+        raise UserError(
+            f"samples must be below p = {operator.size:,}, got {samples}: p products give the trace exactly (to_dense)"
+        )
     view = operator.to_curvlinops()
     found: list[Tensor] = []
     seeds = torch.randint(2**62, (repetitions,), generator=generator, device=generator.device).tolist()

@@ -80,6 +80,14 @@ class SquaredError(Loss):
 
     name = "squared_error"
 
+    def valid(self, targets: Tensor) -> Tensor:
+        if targets.dim() != 2:
+            raise UserError(
+                f"squared_error: wanted real targets, as many as outputs, got {targets.dtype} class labels: "
+                "convert them (targets.to(outputs), one-hot for classes), or use loss='cross_entropy'"
+            )
+        return super().valid(targets)
+
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.5 * (outputs - targets).square().sum()
 

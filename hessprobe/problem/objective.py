@@ -129,7 +129,7 @@ class Objective:
         parameters: Mapping[str, Tensor] | None = None,
         names: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Returns fresh leaves by name that share the parameters' memory; only `names` (default: all) want gradients."""
+        """Returns fresh leaves by name that share the parameters' memory; `names` (default: all) want gradients."""
         source = parameters if parameters is not None else dict(self.model.named_parameters())
         wanted = set(partition.names if names is None else names)
         return {name: source[name].detach().requires_grad_(name in wanted) for name in partition.names}

@@ -6,7 +6,6 @@ A tensor shared by two modules (tied embedding and head) is one parameter, in on
 
 from __future__ import annotations
 
-
 import re
 import warnings
 from collections.abc import Callable, Mapping

@@ -87,8 +87,12 @@ def grow_table(folder: Path, name: str, rows: int, steps: Sequence[int] | None =
     """
     table, building = folder / LOG / name, folder / BUILDING / name
     shutil.rmtree(building, ignore_errors=True)
-    # A `*.partial` is what a kill left of zarr's write-and-rename.
-    shutil.copytree(table, building, copy_function=_link, ignore=shutil.ignore_patterns("*.partial"))
+    for path, _, files in os.walk(table):
+        copy = building / Path(path).relative_to(table)
+        copy.mkdir(parents=True)
+        for file in files:
+            if not file.endswith(".partial"):  # what a kill left of zarr's write-and-rename
+                _link(os.path.join(path, file), copy / file)
     group = zarr.open_group(building, mode="r+", use_consolidated=False)
     for _, array in group.arrays():
         if dimensions(array)[0] == STEP:
@@ -98,7 +102,7 @@ def grow_table(folder: Path, name: str, rows: int, steps: Sequence[int] | None =
     exchange(building, table)
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: str, target: Path) -> None:
     # zarr renames a new file over metadata and text, so their links part; chunks of numbers are rewritten in
     # place through both names, which both tables want: a row belongs to the old and to the grown one.
     try:

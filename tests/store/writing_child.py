@@ -15,7 +15,7 @@ import numpy as np
 
 from hessprobe.store import RunWriter, Table, Variable
 
-STEPS = 20_000
+STEPS = 3_000
 REWRITTEN = 5
 BLOCKS = ("embedding", "block.0", "block.1", "head")
 
