@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(path: Path, out: Path, label: str, drawings: dict[str, Draw]) -> None:
     """Draws one run's figures, prints its findings on cross-layer importance and the files written."""
-    run = analysis.open_run(path)
+    run = analysis.load_run(path)
     analysis.require_table(run, "cross_layer")
     print(f"{path}")
     for finding in analysis.findings(run):

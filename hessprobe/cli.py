@@ -72,9 +72,7 @@ def train(
 
     run(wanted, folder, resume=resume)
 
-    from hessprobe.report.page import write_report
-
-    page = write_report(folder)
+    page = _write_page(folder)
     print(f"log      {folder / 'log.zarr'}")
     print(f"report   {page}")
     print(f"next     hessprobe show {folder}")
@@ -86,9 +84,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page; default RUN/report.html.")] = None,
 ) -> None:
     """Write one self-contained page from a run's log; works while it is still running."""
-    from hessprobe.report.page import write_report
-
-    print(f"report   {write_report(run, out)}")
+    print(f"report   {_write_page(run, out)}")
 
 
 @app.command()
@@ -121,9 +117,21 @@ def _settings(
         raise UserError(f"--every {every}: at least 1 step between rows")
     flags = {"optimizer.name": optimizer, "training.steps": steps, "device": device, "seed": seed}
     found += [f"{key}={value}" for key, value in flags.items() if value is not None]
-    if every is not None:
-        found += [f"{name}.every={every}" for name in names if name in PROBES]
+    if every is not None:  # of every probe: which ones run may stand in the recipe's file
+        found += [f"{name}.every={every}" for name in PROBES]
     return found + (setting or [])
+
+
+def _write_page(run: Path, out: Path | None = None) -> Path:
+    from hessprobe.report.page import write_report
+
+    try:
+        return write_report(run, out)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the report of {run} ({error.strerror or error}); its log is kept. Free some space, or write "
+            f"it elsewhere: hessprobe report {run} --out FILE"
+        ) from error
 
 
 def _free_folder(wanted: Path) -> Path:
@@ -145,12 +153,16 @@ def _latest_run(recipe: str) -> Path:
 
 
 def _stored_recipe(folder: Path) -> Recipe:
-    from hessprobe.recipe import build_recipe, read_recipe
+    """Returns the recipe that a run was started with, from its log, which is whole from its first instant."""
+    import json
 
-    path = folder / "recipe.toml"
-    if not path.is_file():
-        raise UserError(f"--resume: {folder} holds no run (no recipe.toml); leave out --resume to start one")
-    return build_recipe(read_recipe(path))
+    from hessprobe.recipe import build_recipe
+    from hessprobe.store.log import find_log
+
+    if not (folder / "log.zarr").is_dir():
+        raise UserError(f"--resume: {folder} holds no run; leave out --resume to start one")
+    _, attributes = find_log(folder)
+    return build_recipe(json.loads(attributes["recipe"]))
 
 
 def main() -> None:

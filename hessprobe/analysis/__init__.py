@@ -12,6 +12,7 @@ from hessprobe.analysis.coupling import (
 )
 from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.findings import findings
+from hessprobe.analysis.reading import load_run
 from hessprobe.analysis.training import TrainingSummary, loss_curve, measuring_costs, summarize_training
 from hessprobe.analysis.trend import Trend, trend
 from hessprobe.store.reader import open_run, require_table
@@ -25,6 +26,7 @@ __all__ = [
     "cross_share",
     "curvature_shares",
     "findings",
+    "load_run",
     "loss_curve",
     "measuring_costs",
     "off_block_energy",

@@ -83,7 +83,7 @@ def update_share(table: xr.Dataset) -> Finding | None:
         f"the curvature d·Gd: {reading}{among}.",
         value=share,
         stderr=None,
-        basis=f"exact on {basis(row) or 'its batch'}",
+        basis=f"exact on {basis(row, exact=True) or 'its batch'}",
         steps=tuple(int(s) for s in rows["step"].values),
         headline=percent(share),
         label="of the update's curvature lies between layers",
@@ -160,20 +160,22 @@ def off_block_trend(table: xr.Dataset) -> Finding | None:
     rows = sound_rows(table, "off_block_energy")
     energy = off_block_energy(rows)
     errors = energy["off_block_energy_stderr"].values
+    each = basis(rows.isel(step=-1)) if errors.size else ""
     line = trend(energy["step"].values, energy["off_block_energy"].values, errors)
-    return _over_training("off_block_energy_trend", "the share of ‖G‖² between layers", line, rows)
+    return _over_training("off_block_energy_trend", "the share of ‖G‖² between layers", line, each)
 
 
 def update_share_trend(table: xr.Dataset) -> Finding | None:
     """Returns whether the cross share along the update rises or falls over training."""
     rows, shares = _update_shares(table)
     line = trend(rows["step"].values, shares)
+    each = basis(rows.isel(step=-1), exact=True) if shares.size else ""
     return _over_training(
-        "cross_share_trend", "the share of the update's curvature between layers", line, rows
+        "cross_share_trend", "the share of the update's curvature between layers", line, each
     )
 
 
-def _over_training(name: str, quantity: str, line: Trend | None, rows: xr.Dataset) -> Finding | None:
+def _over_training(name: str, quantity: str, line: Trend | None, each: str) -> Finding | None:
     if line is None:
         return None
     span = f"from step {line.first_step:,} to {line.last_step:,}"
@@ -184,7 +186,6 @@ def _over_training(name: str, quantity: str, line: Trend | None, rows: xr.Datase
         if line.resolved
         else f"Over training, {quantity} shows no resolved trend {span} ({signed})."
     )
-    each = basis(rows.isel(step=-1))
     through = f"straight line through {counted(line.rows, 'measured step')}"
     return Finding(
         name=name,

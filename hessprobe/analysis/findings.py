@@ -43,7 +43,7 @@ def _held_out(table: xr.Dataset) -> list[Finding]:
             basis=f"{counted(summary.steps, 'step')}, {summary.tokens:,} training tokens",
             steps=(step,),
             headline=f"{best:.4g}",
-            label=f"best held-out loss, nats per token (first: {first:.4g})",
+            label=f"best held-out loss, nats per token (step {summary.first_held_out_step:,}: {first:.4g})",
             resolved=fell,
         )
     ]

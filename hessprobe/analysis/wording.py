@@ -33,14 +33,18 @@ def percent(value: float, stderr: float | None = None) -> str:
     return plus_minus(100 * value, 100 * stderr, "%")
 
 
-def basis(row: xr.Dataset) -> str:
-    """Returns what one row rests on: `16 sequences, 1,024 tokens, 8 probes a block, damping 0.001`."""
+def basis(row: xr.Dataset, *, exact: bool = False) -> str:
+    """Returns what one row rests on: `16 sequences, 1,024 tokens, 8 probes a block, damping 0.001`.
+
+    A number that is exact on its batch rests on no random probes; `exact` leaves them out.
+    """
     said: list[str] = []
     for name in ("sequences", "tokens"):
         count = float(row[name]) if name in row else math.nan
         if math.isfinite(count):
             said.append(f"{int(count):,} {name if count != 1 else name[:-1]}")
-    if samples := row.attrs.get("samples"):
+    samples = None if exact else row.attrs.get("samples")
+    if samples:
         said.append(f"{samples} probes a block")
     damping = float(row["damping"]) if "damping" in row else math.nan
     if math.isfinite(damping) and damping > 0:

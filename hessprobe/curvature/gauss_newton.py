@@ -41,13 +41,10 @@ class GaussNewton(ModelOperator):
         return self.objective.loss_function.hessian_product(outputs.detach(), targets, tangents) / self.tokens
 
     def _dual_pass(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
-        wanted = self.names_in(rows)
-        leaves = self.leaves(wanted)
-        z, jv = dual_outputs(
-            self.objective, batch, leaves, self.partition.unflatten(v[0]), self.names_in(columns)
-        )
-        pulled = _pull_back(z, [leaves[name] for name in wanted], self._curve(z, batch, jv))
-        return self.flatten_rows(dict(zip(wanted, pulled, strict=True)), 1)
+        tangents = self.partition.unflatten(v[0])
+        moved, wanted = self.names_in(columns), self.names_in(rows)
+        z, jv, pull_back = dual_pass(self.objective, batch, self.leaves(()), tangents, moved, wanted)
+        return self.flatten_rows(pull_back(self._curve(z, batch, jv)), 1)
 
     def _batched_passes(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         wanted, moved = self.names_in(rows), self.names_in(columns)
@@ -79,25 +76,53 @@ class GaussNewton(ModelOperator):
         return torch.cat([self._double_backward(batch, row, columns, rows) for row in v.split(1)])
 
 
+def dual_pass(
+    objective: Objective,
+    batch: Batch,
+    theta: Mapping[str, Tensor],
+    tangents: Mapping[str, Tensor],
+    moved: Sequence[str],
+    wanted: Sequence[str],
+) -> tuple[Tensor, Tensor, Callable[[Tensor], dict[str, Tensor]]]:
+    """Returns outputs z (n, c), the tangent J v (n, c), and w -> J^T w by name, from one forward pass.
+
+    Args:
+        theta: all partitioned parameters by name.
+        tangents: v by name; only its entries `moved` count, all other parameters stand still.
+        wanted: the parameters that J^T w is wanted for. The function serves once: it frees its graph as it goes.
+    """
+    with torch.no_grad():
+        # The dual numbers lie BELOW the level at which vjp records, so tangents leave no reverse graph behind. And
+        # the dual level ends before the pull-back: inside it, the pull-back would carry tangents too.
+        with forward_ad.dual_level():
+            duals = {n: forward_ad.make_dual(x, tangents[n]) if n in moved else x for n, x in theta.items()}
+
+            def outputs(own: dict[str, Tensor]) -> Tensor:
+                return objective.outputs(batch, {**duals, **own})
+
+            dual, pull_back = torch.func.vjp(outputs, {name: duals[name] for name in wanted})
+            z, jv = forward_ad.unpack_dual(dual)
+            jv = torch.zeros_like(z) if jv is None else jv
+
+    def transposed(w: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return pull_back(w, retain_graph=False, create_graph=False)[0]
+
+    return z, jv, transposed
+
+
 def dual_outputs(
     objective: Objective,
     batch: Batch,
-    leaves: dict[str, Tensor],
-    tangents: dict[str, Tensor],
+    theta: Mapping[str, Tensor],
+    tangents: Mapping[str, Tensor],
     moved: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
-    """Returns outputs z (n, c) with their reverse graph and the detached tangent J v, in one forward pass.
-
-    Args:
-        leaves: theta by name; those that require a gradient can be pulled back to.
-        tangents: v by name, for at least the names `moved`; all other parameters stand still.
-    """
-    with forward_ad.dual_level():
-        duals = {n: forward_ad.make_dual(x, tangents[n]) if n in moved else x for n, x in leaves.items()}
+    """Returns outputs z (n, c) and J v (n, c) for v on the parameters `moved`, without any graph."""
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = {n: forward_ad.make_dual(x, tangents[n]) if n in moved else x for n, x in theta.items()}
         z, jv = forward_ad.unpack_dual(objective.outputs(batch, duals))
-        jv = torch.zeros_like(z) if jv is None else jv.detach()
-    # Leaving the level before any backward pass matters: inside it, the backward pass would carry tangents too.
-    return z, jv
+        return z, torch.zeros_like(z) if jv is None else jv
 
 
 def block_tangents(
@@ -111,8 +136,7 @@ def block_tangents(
     groups = [partition.parameters_of(block) for block in partition.blocks]
     with measuring(objective.model):
         try:
-            with torch.no_grad():
-                passes = [dual_outputs(objective, batch, theta, d, names) for names in groups]
+            passes = [dual_outputs(objective, batch, theta, d, names) for names in groups]
             return passes[0][0], torch.stack([jd for _, jd in passes])
         except (RuntimeError, NotImplementedError):  # the model has no forward mode
             leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}

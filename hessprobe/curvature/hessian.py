@@ -26,13 +26,26 @@ class Hessian(ModelOperator):
     """
 
     ENGINES = ("forward-over-reverse", "reverse-over-reverse")
+    _record = False
 
     def _product(self, engine: str, k: int) -> Callable[..., Tensor]:
         return self._forward_over_reverse if engine == "forward-over-reverse" else self._reverse_over_reverse
 
     def _forward_over_reverse(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        try:
+            return self._pearlmutter(batch, v, columns, rows)
+        except (RuntimeError, NotImplementedError):
+            # Torch's fused backward passes (silu's) have no forward mode; a backward pass that is itself recorded
+            # is made of plain operations, at more memory.
+            if self._record:
+                raise
+            self._record = True
+            return self._pearlmutter(batch, v, columns, rows)
+
+    def _pearlmutter(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         wanted, moved = self.names_in(rows), self.names_in(columns)
         theta = {name: leaf.detach() for name, leaf in self.leaves().items()}
+        record = self._record
         targets = self.objective.targets(batch)
         tangents = self.partition.unflatten(v)
 
@@ -44,9 +57,8 @@ class Hessian(ModelOperator):
 
             z, pull_back = torch.func.vjp(outputs, {name: point[name] for name in wanted})
             # The loss's gradient in closed form: differentiating through log-softmax would dominate the cost.
-            # With gradients off, torch takes silu's fused backward pass, which has no forward mode.
-            with torch.enable_grad():
-                return pull_back(self.objective.loss_function.gradient(z, targets) / self.tokens)[0]
+            cotangent = self.objective.loss_function.gradient(z, targets) / self.tokens
+            return pull_back(cotangent, retain_graph=record, create_graph=record)[0]
 
         def along(t: dict[str, Tensor]) -> dict[str, Tensor]:
             return torch.func.jvp(gradient, ({name: theta[name] for name in moved},), (t,))[1]

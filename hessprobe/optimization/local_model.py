@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessprobe.curvature.gauss_newton import dual_outputs
+from hessprobe.curvature.gauss_newton import dual_outputs, dual_pass
 from hessprobe.errors import unknown_name
 from hessprobe.problem.objective import Batch, Objective, measuring
 
@@ -63,19 +63,15 @@ def local_gradient(
     """
     if model not in MODELS:
         raise unknown_name("model of the loss", model, MODELS)
-    leaves = {name: value.detach().requires_grad_(name in names) for name, value in theta.items()}
     loss, targets, tokens = objective.loss_function, objective.targets(batch), objective.tokens(batch)
     with measuring(objective.model):
-        z, jd = dual_outputs(objective, batch, leaves, dict(delta), names)
-        fixed = z.detach()
+        z, jd, pull_back = dual_pass(objective, batch, theta, delta, names, names)
         if model == "prox-linear":
-            cotangent = loss.gradient(fixed + jd, targets)
+            cotangent = loss.gradient(z + jd, targets)
         else:
-            cotangent = loss.gradient(fixed, targets) + loss.hessian_product(fixed, targets, jd)
-        value = float(local_value(objective, batch, fixed, jd, model)) / tokens
-        grads = torch.autograd.grad(z, [leaves[n] for n in names], cotangent / tokens, allow_unused=True)
-    found = {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(names, grads, strict=True)}
-    return LocalGradient(value=value, gradient=found)
+            cotangent = loss.gradient(z, targets) + loss.hessian_product(z, targets, jd)
+        value = float(local_value(objective, batch, z, jd, model)) / tokens
+        return LocalGradient(value=value, gradient=pull_back(cotangent / tokens))
 
 
 def predicted_decrease(
@@ -89,9 +85,8 @@ def predicted_decrease(
     """Returns model(0) - model(delta) in nats per token over the batches. Cost: one dual forward pass, 1 gradient."""
     total = 0.0
     with measuring(objective.model), torch.no_grad():
-        leaves = {name: value.detach() for name, value in theta.items()}
         for batch in batches:
-            z, jd = dual_outputs(objective, batch, leaves, dict(delta), tuple(leaves))
+            z, jd = dual_outputs(objective, batch, theta, delta, tuple(theta))
             start = objective.loss_function.value(z, objective.targets(batch))
             total += float(start - local_value(objective, batch, z, jd, model))
     return total / objective.tokens(batches)

@@ -100,7 +100,7 @@ def over_steps(series: Sequence[Series], y: str, y_format: str = ".4g", **change
     """
     figure = go.Figure(layout=layout("step", y, showlegend=len(series) > 1, **changes))
     for line in series:
-        keep = evenly_spaced(line.values.size, POINTS_DRAWN // 2) if line.dots else drawn_points(line.values)
+        keep = evenly_spaced(line.values.size, POINTS_DRAWN // 4) if line.dots else drawn_points(line.values)
         x, values = line.steps[keep], line.values[keep]
         errors = None if line.stderr is None else line.stderr[keep]
         few = x.size <= ERROR_BARS_UP_TO

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from hessprobe.analysis import findings, open_run
+from hessprobe.analysis import findings, load_run
 from hessprobe.analysis.wording import percent, plus_minus
 from hessprobe.report.cross_layer import cross_layer
 from hessprobe.report.provenance import provenance, said_time
@@ -38,12 +38,12 @@ def write_report(run: Path, destination: Path | None = None) -> Path:
         destination: the file to write; default `report.html` in the run's folder.
 
     Raises:
-        UserError: there is no run there, or a newer version wrote it.
+        UserError: there is no run there, a newer version wrote it, or it is damaged.
     """
     run = Path(run)
     folder = run.parent if run.name == "log.zarr" else run
     path = folder / "report.html" if destination is None else Path(destination)
-    tree = open_run(run)
+    tree = load_run(run)
     text = render(tree, str(tree.attrs.get("name") or folder.resolve().name))
     path.parent.mkdir(parents=True, exist_ok=True)
     # A reader of the old page, or a kill, must never meet half a page.

@@ -23,14 +23,15 @@ def provenance(run: xr.DataTree) -> Section:
         "commit": attributes.get("git_commit"),
         "schema version": attributes.get("schema_version"),
     }
-    facts |= {f"data: {key}": f"{v:,}" if isinstance(v, int) else v for key, v in _flat(data, "")}
-    partition = {name: int(count) for name, count in decoded(attributes.get("partition")).items()}
+    facts |= {f"data: {key.replace('_', ' ')}": _said(value) for key, value in _flat(data, "")}
+    counts = decoded(attributes.get("partition"))
+    partition = {name: int(count) for name, count in counts.items() if isinstance(count, int | float)}
     content = {
         "facts": {key: "not recorded" if value in (None, "") else value for key, value in facts.items()},
         "versions": versions,
         "partition": partition,
         "parameters": sum(partition.values()),
-        "recipe": dict(_flat(decoded(attributes.get("recipe")), "")),
+        "recipe": {key: _said(value) for key, value in _flat(decoded(attributes.get("recipe")), "")},
     }
     return Section(name="provenance", title="Provenance", template="provenance.html.j2", content=content)
 
@@ -54,6 +55,17 @@ def decoded(value: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         return {"text": str(value)}
     return decoded if isinstance(decoded, dict) else {"text": decoded}
+
+
+def _said(value: Any) -> str:
+    """Returns a setting as a reader would write it; `default` for what the recipe left open."""
+    if value is None:
+        return "default"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hessprobe.analysis import coupling, cross_share, findings, open_run, require_table, strongest_pairs
+from hessprobe.analysis import coupling, cross_share, findings, load_run, require_table, strongest_pairs
 from hessprobe.analysis.rows import failed_rows, sound_rows
 from hessprobe.analysis.wording import basis, counted, percent, plus_minus
 
@@ -29,9 +29,9 @@ def show(run: Path, console: Console, tables: Sequence[str] = (), limit: int = 6
         limit: rows shown from each end of a table; blocks beyond 16 give the strongest pairs, not a matrix.
 
     Raises:
-        UserError: no run there, a newer version wrote it, or it holds no table of a given name.
+        UserError: no run there, a newer version wrote it, it is damaged, or it holds no table of a given name.
     """
-    tree = open_run(run)
+    tree = load_run(run)
     wanted = list(tables) or sorted(tree.children, key=lambda name: (name != "train", name))
     opened = {
         name: require_table(tree, name) for name in wanted

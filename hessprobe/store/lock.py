@@ -28,7 +28,10 @@ class RunLock:
         self._path = folder / LOCK
         self._file: int | None = None
         while fcntl is not None and self._file is None:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except PermissionError as error:
+                raise UserError(f"cannot write to the run in {folder}: {error.strerror}") from error
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

@@ -62,14 +62,13 @@ def _open_table(log: Path, name: str) -> xr.Dataset:
             # The marks come first: a row marked before its label is read has its label.
             marks = zarr.open_group(log / name, mode="r", use_consolidated=False)[RECORDED]
             recorded = np.asarray(cast(zarr.Array, marks)[:])
-            table = xr.open_zarr(log, group=name, consolidated=False, chunks={})
-            break
+            return _trimmed(xr.open_zarr(log, group=name, consolidated=False, chunks={}), recorded)
         except (OSError, ValueError, KeyError) as error:
             if attempt == 5:
                 what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
                 raise UserError(f"{log / name} is torn: {what}; copy the run again") from error
             time.sleep(0.02 * 2**attempt)
-    return _trimmed(table, recorded)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _trimmed(table: xr.Dataset, recorded: np.ndarray) -> xr.Dataset:

@@ -7,6 +7,7 @@ from types import TracebackType
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hessprobe.optimization.report import StepReport
@@ -50,8 +51,8 @@ class RunConsole:
         self.progress.stop()
 
     def say(self, label: str, text: str) -> None:
-        """Writes one line: a label in the accent colour, then text."""
-        self.console.print(f"[{ACCENT}]{label:<11}[/] {text}", soft_wrap=True)
+        """Writes one line: a label in the accent colour, then text as it is, square brackets included."""
+        self.console.print(f"[{ACCENT}]{label:<11}[/] {escape(text)}", soft_wrap=True)
 
     def step(self, step: int, report: StepReport, held_out_loss: float, name: str) -> None:
         """Writes the line of one outer step and moves the bar."""
@@ -70,7 +71,7 @@ class RunConsole:
     def measured(self, measurement: Measurement) -> None:
         """Writes what a probe found, or why it failed."""
         if measurement.row is None:
-            text = f"[red]failed:[/] {measurement.failure} (training goes on)"
+            text = f"failed: {measurement.failure} (training goes on)"
         else:
             text = f"{_headline(measurement)}  {measurement.seconds:.1f} s"
         self.say(f"  step {measurement.step:>{self.width}}", f"{measurement.probe}: {text}")

@@ -90,9 +90,9 @@ class Run:
         for step in range(start, training.steps):
             if optimizer is None or step == warmup:
                 optimizer = self._optimizer(step < warmup, training.steps - warmup)
-                if optimizer_state is not None:
+                if optimizer_state:  # empty at the end of the warm-up
                     optimizer.load_state_dict(optimizer_state)
-                    optimizer_state = None
+                optimizer_state = None
             before = self.partition.vector(self.objective.model)
             began = time.perf_counter()
             report = optimizer.step(self._minibatches("train", step), self._minibatches("line_search", step))

@@ -78,9 +78,18 @@ def start_log(
         UserError: a folder that cannot be written, or that holds a run already.
     """
     if resume:
-        return RunWriter.reopen(folder)
-    writer = RunWriter.create(folder, run_attributes(recipe, folder, device, corpus, partition))
-    (folder / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
+        writer = RunWriter.reopen(folder)
+    else:
+        writer = RunWriter.create(folder, run_attributes(recipe, folder, device, corpus, partition))
+    try:
+        # For people; what --resume compares with is the log's own copy, which no kill can cut off.
+        (folder / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
+    except OSError as error:
+        writer.close()
+        raise UserError(
+            f"cannot write {folder / RECIPE_FILE} ({error.strerror}): no step was taken. Free some space there and "
+            "go on with --resume, or give another folder"
+        ) from error
     return writer
 
 

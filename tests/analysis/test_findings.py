@@ -36,6 +36,8 @@ def test_a_share_within_two_errors_is_said_to_be_unresolved():
 def test_trends_need_four_rows_and_two_errors():
     rising = changed(off_block_energy=[0.1, 0.2, 0.3, 0.4], off_block_energy_stderr=0.01)
     trend = said(rising)["off_block_energy_trend"]
+    assert trend.basis == "straight line through 4 measured steps; 16 sequences each"
+    assert said(rising)["cross_share_trend"].basis == trend.basis
     assert trend.resolved and "rises by 30.0 ± 1.3 percentage points from step 0 to 30" in trend.sentence
     assert "off_block_energy_trend" not in said(rising.isel(step=slice(3)))
     noisy = said(changed(off_block_energy=[0.1, 0.2, 0.3, 0.4], off_block_energy_stderr=0.2))

@@ -15,7 +15,7 @@ import xarray as xr
 from hessprobe.analysis import coupling, open_run
 from hessprobe.report.page import write_report
 from tests.report.runs import LAYERS, write_run
-from tests.report.test_page import HOSTILE
+from tests.report.test_odd_runs import HOSTILE
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

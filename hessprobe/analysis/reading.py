@@ -1,0 +1,33 @@
+"""A log read into memory once: what is small is loaded, so that a chunk that cannot be read is met here and said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import xarray as xr
+
+from hessprobe.errors import UserError
+from hessprobe.store.reader import open_run
+
+# Layer kernels of a long run can be larger than memory; everything else is far below this.
+LOADED_UP_TO = 64 * 2**20
+
+
+def load_run(path: Path | str) -> xr.DataTree:
+    """Returns a run as `open_run` does, with every variable up to 64 MiB in memory; larger ones stay lazy.
+
+    Raises:
+        UserError: no run there, a newer version wrote it, or a table is damaged.
+    """
+    run = open_run(path)
+    tables: dict[str, xr.Dataset] = {"/": run.to_dataset()}
+    for name in run.children:
+        table = run[name].to_dataset()
+        small = [variable for variable in table.data_vars if table[variable].nbytes <= LOADED_UP_TO]
+        try:
+            tables[f"/{name}"] = table.assign({variable: table[variable].load() for variable in small})
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: table {name!r} is damaged ({error}); copy the run again from where it was recorded"
+            ) from error
+    return xr.DataTree.from_dict(tables)

@@ -1,0 +1,69 @@
+"""A run is a function of its recipe alone: the same twice, another for another seed, and blind to being measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hessprobe.probes.cross_layer import CrossLayerProbe
+from hessprobe.probes.probe import Snapshot
+from hessprobe.problem.objective import Objective
+from hessprobe.problem.partition import Partition
+from hessprobe.recipe import CrossLayerRecipe
+from hessprobe.training.loop import train
+from tests import models
+from tests.training.runs import assert_same_rows, parameters, recipe, state, tables
+
+MEASURED = 'probes=["cross_layer"]'
+
+
+@pytest.mark.parametrize("optimizer", ["full_gn", "adamw"])
+def test_training_ends_in_the_same_weights_with_and_without_a_probe(tmp_path, optimizer):
+    settings = (f"optimizer.name={optimizer}", "training.steps=4", "cross_layer.every=1")
+    for folder, more in (("bare", ()), ("probed", (MEASURED,))):
+        train(recipe(tmp_path / folder, *settings, *more), tmp_path / folder)
+    bare, probed = state(tmp_path / "bare"), state(tmp_path / "probed")
+    assert torch.equal(bare["parameters"], probed["parameters"])
+    torch.testing.assert_close(bare["optimizer"], probed["optimizer"], rtol=0, atol=0)
+    assert set(tables(tmp_path / "bare")) == {"train"}
+    assert tables(tmp_path / "probed")["cross_layer"].sizes["step"] == 4
+
+
+def test_two_runs_of_one_recipe_are_one_and_another_seed_is_another(tmp_path):
+    for folder, seed in (("one", 3), ("two", 3), ("other", 4)):
+        train(recipe(tmp_path / folder, f"seed={seed}", "training.steps=3", MEASURED), tmp_path / folder)
+    assert torch.equal(parameters(tmp_path / "one"), parameters(tmp_path / "two"))
+    assert_same_rows(tmp_path / "one", tmp_path / "two")
+    assert not torch.equal(parameters(tmp_path / "one"), parameters(tmp_path / "other"))
+
+
+def test_a_run_depends_on_no_ambient_random_state(tmp_path):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        train(recipe(tmp_path / f"{seed}", "training.steps=2", MEASURED), tmp_path / f"{seed}")
+        assert torch.initial_seed() == seed
+    assert_same_rows(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.parametrize("name", ["decoder_ragged", "fused_attention"])
+def test_one_measurement_touches_neither_weights_nor_gradients_nor_random_state(name):
+    problem = models.ZOO[name](models.seeded(1))
+    model = problem.model.train()
+    objective, partition = Objective(model), Partition.of(model, "module")
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, i)
+    weights = {n: p.detach().clone() for n, p in model.state_dict().items()}
+    identities = {n: p.data_ptr() for n, p in model.named_parameters()}
+    random = torch.get_rng_state()
+    theta = partition.vector(model)
+    snapshot = Snapshot(
+        step=0, objective=objective, partition=partition, parameters=theta, update=0.1 * theta, seed=0,
+        batches=list(problem.batches),
+    )  # fmt: skip
+    CrossLayerProbe(CrossLayerRecipe(samples=2)).measure(snapshot)
+    assert all(torch.equal(weights[n], p) for n, p in model.state_dict().items())
+    assert identities == {n: p.data_ptr() for n, p in model.named_parameters()}
+    assert all(torch.equal(p.grad, torch.full_like(p, i)) for i, p in enumerate(model.parameters()))
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
