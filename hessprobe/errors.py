@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A run that had to stop (a loss that is not finite, a full disk). Exit 1; what was logged stays."""
+    """A run that had to stop (a loss that is not finite). The command line exits with 1; what was logged stays."""
 
 
 def unknown_name(kind: str, given: str, valid: Iterable[str]) -> UserError:
