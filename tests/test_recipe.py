@@ -94,7 +94,10 @@ BAD = {
     "a fraction of a step": (["training.steps=1.5"], r"training.steps = 1.5: .*integer"),
     "a learning rate below 0": (["optimizer.learning_rate=-1"], "learning_rate = -1.*greater than 0"),
     "a learning rate that is none": (["optimizer.learning_rate=nan"], "learning_rate = nan"),
-    "too few samples": (["cross_layer.samples=1"], "cross_layer.samples = 1.*at least|greater than or equal to 2"),
+    "too few samples": (
+        ["cross_layer.samples=1"],
+        "cross_layer.samples = 1.*at least|greater than or equal to 2",
+    ),
     "no value": (["optimizer.name"], "wanted key=value, such as --set"),
     "no key": (["=3"], "wanted key=value"),
     "a value taken for a section": (["name=a", "name.b=3"], "'name' is a value, not a section"),

@@ -56,7 +56,9 @@ def draw_cotangent(
 
 def _noise(kind: str, like: Tensor, generator: torch.Generator) -> Tensor:
     if kind == "sign":
-        signs = torch.randint(0, 2, like.shape, generator=generator, device=generator.device, dtype=torch.int8)
+        signs = torch.randint(
+            0, 2, like.shape, generator=generator, device=generator.device, dtype=torch.int8
+        )
         return signs.to(like.device).to(like.dtype) * 2 - 1
     noise = torch.randn(like.shape, generator=generator, device=generator.device, dtype=torch.float64)
     return noise.to(like.device, like.dtype)

@@ -77,6 +77,11 @@ class Objective:
             return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(-1, 1)
         return y.reshape(-1)
 
+    def sequence_shape(self, batch: Batch) -> tuple[int, int]:
+        """Returns (b, t): the batch's sequences, the first dimension of its targets, and positions of each."""
+        count = self._targets(batch).shape[0]
+        return count, self.targets(batch).shape[0] // count
+
     def outputs(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Returns the outputs (n, c) of a batch's tokens at the given parameters (default: the model's own).
 

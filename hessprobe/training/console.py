@@ -51,8 +51,8 @@ class RunConsole:
         self.progress.stop()
 
     def say(self, label: str, text: str) -> None:
-        """Writes one line: a label in the accent colour, then text as it is, square brackets included."""
-        self.console.print(f"[{ACCENT}]{label:<11}[/] {escape(text)}", soft_wrap=True)
+        """Writes one line: a label in the accent colour, then text letter by letter."""
+        self.console.print(f"[{ACCENT}]{label:<11}[/] {escape(text)}", soft_wrap=True, emoji=False)
 
     def step(self, step: int, report: StepReport, held_out_loss: float, name: str) -> None:
         """Writes the line of one outer step and moves the bar."""

@@ -26,7 +26,12 @@ class Trainer:
     """The process that trains on demand."""
 
     def __init__(self, source: Path) -> None:
-        settings = [*tiny(source), f"training.steps={STEPS}", "optimizer.warmup_steps=2", "cross_layer.every=3"]
+        settings = [
+            *tiny(source),
+            f"training.steps={STEPS}",
+            "optimizer.warmup_steps=2",
+            "cross_layer.every=3",
+        ]
         self.flags = ["--probe=cross_layer", *(f"--set={setting}" for setting in settings)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.contracts.training_child"], cwd=Path(__file__).parents[2],

@@ -15,7 +15,9 @@ HEAVY = ("torch", "xarray", "zarr", "numpy", "pandas", "plotly", "matplotlib", "
 
 def python(code: str, folder: Path | None = None) -> str:
     """Returns what a fresh interpreter prints; fails with what it complains about."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

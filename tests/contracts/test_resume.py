@@ -99,7 +99,11 @@ def test_cut_off_steps_after_the_last_checkpoint(tmp_path, uninterrupted, step):
 
 
 def test_a_cold_started_and_an_adamw_solved_inner_problem_resume_too(tmp_path, uninterrupted):
-    settings = ("optimizer.warm_start=false", "optimizer.inner_solver=adamw", "optimizer.schedule=inner-cosine")
+    settings = (
+        "optimizer.warm_start=false",
+        "optimizer.inner_solver=adamw",
+        "optimizer.schedule=inner-cosine",
+    )
     assert_same(resumed(tmp_path / "run", cut_off_before, 3, *settings), uninterrupted(*settings))
 
 

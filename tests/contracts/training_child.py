@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import hessprobe.report.page
-import hessprobe.training.loop  # noqa: F401  (what the command line imports when it trains)
+import hessprobe.training.loop  # what the command line imports when it trains
 from hessprobe.cli import main as command_line
 from hessprobe.optimization.gauss_newton import GaussNewtonOptimizer, GaussNewtonSettings
 from hessprobe.problem.objective import Objective

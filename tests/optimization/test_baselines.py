@@ -53,8 +53,7 @@ def assert_same(problem: Problem, wanted: list[Tensor]) -> None:
 def test_one_step_on_the_gradient_accumulated_over_ragged_minibatches(decay):
     problem, _, optimizer = fresh(weight_decay=decay)
     wanted = torch_adamw(problem, [problem.batches] * 2, None, decay)
-    for _ in range(2):
-        report = optimizer.step(list(problem.batches))
+    report, _ = [optimizer.step(list(problem.batches)) for _ in range(2)]
     assert_same(problem, wanted)
     assert report.outcome == "accepted"
     assert report.tokens == sum(int((y != models.IGNORED).sum()) for _, y in problem.batches)

@@ -1,10 +1,11 @@
-"""An outer Gauss-Newton step is AdamW or Muon on the dense quadratic, then the line search; full and layerwise alike."""
+"""An outer Gauss-Newton step solves the dense quadratic by AdamW or Muon, whole or by layer, then searches a line."""
 
 from __future__ import annotations
 
 import copy
 import io
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:layer partition")
 RATE, OUTER = 0.03, 4
 
 
-def fresh(name: str, by="layer", **settings) -> tuple[Case, GaussNewtonOptimizer]:
+def fresh(
+    name: str, by: str | Callable[[str], str] = "layer", **settings
+) -> tuple[Case, GaussNewtonOptimizer]:
     """Returns a zoo problem of its own (steps move the model) and an optimizer on it."""
     problem = models.ZOO[name](models.seeded(7))
     partition = Partition.of(problem.model, by)
@@ -62,7 +65,9 @@ def dense_solve(case: Case, batches: list, groups: list[list[slice]], clip: floa
                 "global-cosine", outer=0, inner=i, outer_steps=OUTER, inner_steps=len(found)
             )
             solver.param_groups[0]["lr"] = RATE * factor
-            gradient = truth.gradient[where] + truth.gauss_newton[where][:, where] @ (x.detach() - theta[where])
+            gradient = truth.gradient[where] + truth.gauss_newton[where][:, where] @ (
+                x.detach() - theta[where]
+            )
             x.grad = gradient if clip is None else gradient * min(1.0, clip / float(gradient.norm()))
             solver.step()
         inner[where] = x.detach()
@@ -150,7 +155,9 @@ def test_where_every_step_size_harms_the_parameters_stay(solver):
     theta = theta_of(case)
     report = optimizer.step(text(1), text(2))
     assert report.outcome == "rejected: no step size lowers the loss"
-    assert (report.step_size, report.update_norm, report.predicted_decrease, report.actual_decrease) == (0,) * 4
+    assert (report.step_size, report.update_norm, report.predicted_decrease, report.actual_decrease) == (
+        0,
+    ) * 4
     assert math.isfinite(report.loss)
     assert torch.equal(theta_of(case), theta)
     # The next solve starts afresh from theta, not from where nothing was to be found.

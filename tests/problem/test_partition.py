@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def named(*names: str, shared: Mapping[str, str] | None = None) -> nn.Module:
     return root
 
 
-def members(model: nn.Module, by="layer") -> dict[str, set[str]]:
+def members(model: nn.Module, by: str | Callable[[str], str] = "layer") -> dict[str, set[str]]:
     """Returns block -> names of its parameters."""
     partition = Partition.of(model, by)
     return {block: set(partition.parameters_of(block)) for block in partition.blocks}
@@ -113,7 +113,13 @@ def test_blocks_stand_in_the_order_the_model_runs_whatever_the_order_of_registra
     model = named("lm_head.weight", "h.1.mlp.weight", "h.0.mlp.weight", "ln_f.weight", "wte.weight")
     partition = Partition.of(model)
     assert partition.blocks == ("embedding", "block.0", "block.1", "head")
-    assert partition.names == ("wte.weight", "h.0.mlp.weight", "h.1.mlp.weight", "ln_f.weight", "lm_head.weight")
+    assert partition.names == (
+        "wte.weight",
+        "h.0.mlp.weight",
+        "h.1.mlp.weight",
+        "ln_f.weight",
+        "lm_head.weight",
+    )
 
 
 def test_a_tied_embedding_and_head_are_one_block_with_one_tensor():
@@ -225,7 +231,9 @@ def test_flatten_and_unflatten_are_inverse_and_blocks_are_slices(tensors, lead):
         own = [parts[name].reshape(*lead, -1) for name in partition.parameters_of(block)]
         assert torch.equal(torch.cat(own, -1), vector[..., where])
     assert sum(partition.sizes.values()) == partition.size
-    assert [s.start for s in partition.slices.values()][1:] == [s.stop for s in partition.slices.values()][:-1]
+    assert [s.start for s in partition.slices.values()][1:] == [s.stop for s in partition.slices.values()][
+        :-1
+    ]
 
 
 @pytest.mark.xfail(strict=True, raises=TypeError, reason="unflatten cannot reshape to the shape ()")
@@ -248,7 +256,9 @@ def test_vector_and_assign_copy():
 
 def test_what_does_not_exist_is_refused():
     model = named("wte.weight", "h.0.mlp.weight")
-    with pytest.raises(UserError, match="no partition named 'layers'. Did you mean 'layer'.*module, parameter"):
+    with pytest.raises(
+        UserError, match="no partition named 'layers'. Did you mean 'layer'.*module, parameter"
+    ):
         Partition.of(model, "layers")
     with pytest.raises(UserError, match="no block named 'block.7'.*embedding, block.0"):
         Partition.of(model).parameters_of("block.7")

@@ -1,0 +1,208 @@
+"""Per-sequence gradients of one module's parameters, in pieces, from its inputs A and its outputs' gradients g.
+
+A linear layer's is sum_t g_t a_t^T; a norm's sum_t g_t * xhat_t; an embedding's the sum of g_t over the places of
+each token. A piece holds all sequences at once for a part of one parameter, so that its Gram matrix can be added and
+the piece freed. Goodfellow 2015 (arXiv 1510.01799) for the linear case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hessprobe.problem.transformer import NORM_EPSILON, RMSNorm
+
+PIECE = 2**23  # entries of a piece: 32 MiB in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of one parameter's per-sequence gradients.
+
+    Attributes:
+        parameter: the parameter's name within its module.
+        rows: (b, q) per-sequence gradients of q of its entries.
+        pick: takes the same q entries, in the same order, from any tensor of the parameter's shape.
+    """
+
+    parameter: str
+    rows: Tensor
+    pick: Callable[[Tensor], Tensor]
+
+
+Pieces = Iterator[Piece]
+
+
+def _all(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1)
+
+
+def _bias(module: nn.Module, g: Tensor) -> Pieces:
+    if getattr(module, "bias", None) is not None:
+        yield Piece(parameter="bias", rows=g.sum(1), pick=_all)
+
+
+def linear(module: nn.Linear, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+    """nn.Linear: a (b, s, in), g (b, s, out); weight rows in slices that keep a piece of all sketches small."""
+    width = max(1, PIECE // (sketches * a.shape[-1]))
+    for start in range(0, g.shape[-1], width):
+        part = slice(start, start + width)
+        rows = torch.bmm(g[..., part].mT, a).flatten(1)
+        yield Piece(parameter="weight", rows=rows, pick=lambda w, part=part: w[part].reshape(-1))
+    yield from _bias(module, g)
+
+
+def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+    """transformers' Conv1D, a linear layer with its weight (in, out)."""
+    width = max(1, PIECE // (sketches * g.shape[-1]))
+    for start in range(0, a.shape[-1], width):
+        part = slice(start, start + width)
+        rows = torch.bmm(a[..., part].mT, g).flatten(1)
+        yield Piece(parameter="weight", rows=rows, pick=lambda w, part=part: w[part].reshape(-1))
+    yield from _bias(module, g)
+
+
+def embedding(module: nn.Embedding, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+    """nn.Embedding by index: only rows of tokens that occur in the batch exist, `shared` lists them."""
+    tokens = shared
+    assert isinstance(tokens, Tensor)
+    places = torch.searchsorted(tokens, a.squeeze(-1).contiguous())  # (b, s) into the tokens that occur
+    if module.padding_idx is not None:
+        g = g * (a != module.padding_idx)
+    width = max(1, PIECE // (sketches * len(tokens)))
+    for start in range(0, g.shape[-1], width):
+        part = g[..., start : start + width]
+        rows = part.new_zeros(part.shape[0], len(tokens), part.shape[-1])
+        rows.scatter_add_(1, places[..., None].expand_as(part), part)
+        stop = start + part.shape[-1]
+        yield Piece(
+            parameter="weight",
+            rows=rows.flatten(1),
+            pick=lambda w, start=start, stop=stop: w[tokens.to(w.device), start:stop].reshape(-1),
+        )
+
+
+def layer_norm(module: nn.LayerNorm, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+    """nn.LayerNorm over its last dimension, scale and bias."""
+    if module.weight is not None:
+        normed = F.layer_norm(a, module.normalized_shape, eps=module.eps)
+        yield Piece(parameter="weight", rows=(g * normed).sum(1), pick=_all)
+    yield from _bias(module, g)
+
+
+def rms_norm(module: nn.RMSNorm, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+    """nn.RMSNorm over its last dimension."""
+    eps = torch.finfo(a.dtype).eps if module.eps is None else module.eps
+    yield Piece(parameter="weight", rows=(g * _rms_normed(a, eps)).sum(1), pick=_all)
+
+
+def own_rms_norm(module: RMSNorm, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+    """The RMSNorm of hessprobe's decoder."""
+    yield Piece(parameter="weight", rows=(g * _rms_normed(a, NORM_EPSILON)).sum(1), pick=_all)
+
+
+def _rms_normed(a: Tensor, eps: float) -> Tensor:
+    return a * torch.rsqrt(a.square().mean(-1, keepdim=True) + eps)
+
+
+def convolution(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+    """nn.Conv1d and nn.Conv2d: a (b, c, *space), g (b, out, *space'), through the weight's gradient per group."""
+    b = a.shape[0]
+    spread = (
+        (lambda x, w, **k: torch.nn.grad.conv1d_weight(x, w, **k))  # noqa: E731
+        if isinstance(module, nn.Conv1d)
+        else torch.nn.grad.conv2d_weight
+    )
+    # Sequences as channel groups of one convolution: its weight gradient holds theirs side by side.
+    size = (b * module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    weight = spread(
+        a.reshape(1, -1, *a.shape[2:]),
+        size,
+        grad_output=g.reshape(1, -1, *g.shape[2:]),
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=b * module.groups,
+    )
+    yield Piece(parameter="weight", rows=weight.reshape(b, -1), pick=_all)
+    yield from _bias(module, g.flatten(2).mT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastPath:
+    """How one type of module gives its per-sequence gradients.
+
+    Attributes:
+        name: what a summary calls it.
+        pieces: (module, inputs (b, ...), output gradients (b, ...), shared, number of sketches) -> pieces.
+        flat: whether positions between the sequence and the last dimension may be flattened into one.
+        accepts: whether this module's settings are covered.
+    """
+
+    name: str
+    pieces: Callable[..., Pieces]
+    flat: bool = True
+    accepts: Callable[[nn.Module], bool] = lambda module: True
+
+
+def _one_dimension(module: nn.Module) -> bool:
+    return len(module.normalized_shape) == 1  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _plain_embedding(module: nn.Module) -> bool:
+    assert isinstance(module, nn.Embedding)
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+
+
+def _plain_convolution(module: nn.Module) -> bool:
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+FAST_PATHS: dict[type[nn.Module], FastPath] = {
+    nn.Linear: FastPath(name="linear", pieces=linear),
+    nn.Embedding: FastPath(name="embedding", pieces=embedding, accepts=_plain_embedding),
+    nn.LayerNorm: FastPath(name="layer norm", pieces=layer_norm, accepts=_one_dimension),
+    nn.RMSNorm: FastPath(name="rms norm", pieces=rms_norm, accepts=_one_dimension),
+    RMSNorm: FastPath(name="rms norm", pieces=own_rms_norm),
+    nn.Conv1d: FastPath(name="convolution", pieces=convolution, flat=False, accepts=_plain_convolution),
+    nn.Conv2d: FastPath(name="convolution", pieces=convolution, flat=False, accepts=_plain_convolution),
+}
+
+
+def fast_path_of(module: nn.Module) -> FastPath | None:
+    """Returns the fast path of exactly this type of module (a subclass may compute anything), or None."""
+    kind = type(module)
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return FastPath(name="linear", pieces=transposed_linear)
+    path = FAST_PATHS.get(kind)
+    return path if path is not None and path.accepts(module) else None
+
+
+def token_gram(a: Sequence[Tensor], g: Sequence[Tensor]) -> Tensor:
+    """Returns <g_m a_m^T, g_m' a_m'^T> (m, m) of a linear layer through tokens: sum_tt' (a_t . a_t')(g_t . g_t').
+
+    Args:
+        a, g: for each pass its inputs (b, s, in) and output gradients (b, s, out).
+    """
+    rows = []
+    for a_left, g_left in zip(a, g, strict=True):
+        row = []
+        for a_right, g_right in zip(a, g, strict=True):
+            similar = a_left.flatten(0, 1) @ a_right.flatten(0, 1).mT
+            similar *= g_left.flatten(0, 1) @ g_right.flatten(0, 1).mT
+            shape = (g_left.shape[0], g_left.shape[1], g_right.shape[0], g_right.shape[1])
+            row.append(similar.view(shape).sum((1, 3)))
+        rows.append(torch.cat(row, 1))
+    return torch.cat(rows)
+
+
+def prefers_tokens(sketches: int, positions: int, inputs: int, outputs: int) -> bool:
+    """Tells whether the token form takes fewer multiply-adds than per-sequence gradients and their Gram matrix."""
+    direct = sketches * positions * inputs * outputs + sketches**2 * inputs * outputs
+    tokens = (sketches * positions) ** 2 * (inputs + outputs + 1)
+    return tokens < direct

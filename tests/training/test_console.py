@@ -1,0 +1,86 @@
+"""What a run says is one aligned line an event; without a terminal nothing else is written."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from hessprobe.optimization.report import StepReport
+from hessprobe.training.console import RunConsole
+from hessprobe.training.recorder import Measurement
+
+
+def report(**changes) -> StepReport:
+    return StepReport(**{
+        "outcome": "accepted", "loss": 5.5, "gradient_norm": 1.0, "update_norm": 0.1, "tokens": 8,
+        "gradient_equivalents": 2.0, **changes,
+    })  # fmt: skip
+
+
+def measurement(**changes) -> Measurement:
+    row = {
+        "off_block_energy": torch.tensor(0.25), "off_block_energy_stderr": torch.tensor(0.01),
+        "step_curvature": torch.tensor([[[2.0, 1.0], [1.0, 4.0]]] * 2),
+    }  # fmt: skip
+    return Measurement(**{"probe": "cross_layer", "step": 3, "seconds": 0.5, "row": row, **changes})
+
+
+def said(speak, *, terminal: bool = False, width: int = 80) -> str:
+    """Returns what a console of 12 steps wrote while `speak(console)` ran."""
+    out = io.StringIO()
+    with RunConsole(12, console=Console(file=out, force_terminal=terminal, width=width)) as console:
+        speak(console)
+    return out.getvalue()
+
+
+def test_without_a_terminal_lines_are_plain_and_nothing_is_drawn():
+    def speak(console: RunConsole) -> None:
+        console.say("resuming", "runs/a at step 3")
+        console.step(3, report(step_size=0.5, predicted_decrease=0.2, actual_decrease=0.1), 5.25, "full_gn")
+        console.measured(measurement())
+
+    assert said(speak).splitlines() == [
+        "resuming    runs/a at step 3",
+        "step  3     full_gn  loss 5.5000  held-out 5.2500  step size 0.500  real/predicted 0.50",
+        "  step  3   cross_layer: off-block energy 0.250 ± 0.010, cross share of the update's curvature +0.25  0.5 s",
+    ]
+
+
+def test_a_terminal_gets_a_progress_bar_that_is_gone_at_the_end():
+    text = said(lambda console: console.step(3, report(), math.nan, "adamw"), terminal=True)
+    assert "4/12 steps" in text
+    assert "\x1b" in text
+    last = text.rsplit("\n", 1)[-1]
+    assert "steps" not in last
+
+
+def test_what_does_not_exist_for_an_optimizer_is_left_out():
+    line = said(lambda console: console.step(0, report(), math.nan, "adamw"))
+    assert line.split() == ["step", "0", "adamw", "loss", "5.5000"]
+
+
+@pytest.mark.parametrize(
+    "outcome", ["rejected: no step size lowers the loss", "diverged: the loss is not finite"]
+)
+def test_a_step_that_was_not_taken_says_why(outcome):
+    line = said(lambda console: console.step(1, report(outcome=outcome, step_size=0.0), 5.0, "full_gn"))
+    assert line.rstrip().endswith(outcome)
+
+
+def test_a_failed_probe_says_why_letter_by_letter():
+    reason = "RuntimeError: shape [2, 3] in [/weird] :smile:"
+    line = said(lambda console: console.measured(measurement(row=None, failure=reason)))
+    assert line == f"  step  3   cross_layer: failed: {reason} (training goes on)\n"
+
+
+def test_an_update_that_is_not_known_has_no_share():
+    row = dict(measurement().row or {}, step_curvature=torch.full((2, 2, 2), math.nan))
+    assert "cross share" not in said(lambda console: console.measured(measurement(row=row)))
+
+
+def test_a_narrow_window_does_not_break_a_line():
+    assert said(lambda console: console.say("resuming", "x" * 200), width=40).count("\n") == 1

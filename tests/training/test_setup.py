@@ -1,0 +1,122 @@
+"""From a recipe to the parts of a run, and a log that says where its numbers come from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hessprobe.errors import UserError
+from hessprobe.optimization.baselines import FirstOrderOptimizer
+from hessprobe.optimization.gauss_newton import GaussNewtonOptimizer
+from hessprobe.problem.objective import Objective
+from hessprobe.problem.partition import Partition
+from hessprobe.recipe import OPTIMIZERS, build_recipe, read_recipe
+from hessprobe.training.loop import train
+from hessprobe.training.optimizers import LEARNING_RATES, build_optimizer, build_warmup
+from hessprobe.training.setup import build_model, decoder_config, pick_device
+from hessprobe.training.train_table import Totals, train_row, train_table
+from tests.training.runs import attributes, recipe, text_file
+from tests.training.test_console import report
+
+CPU = torch.device("cpu")
+
+
+def built(*settings: str):
+    """Returns the optimizer of a tiny recipe, and the recipe."""
+    chosen = build_recipe({}, ["model.layers=1", "model.width=8", "model.heads=2", *settings])
+    objective = Objective(build_model(chosen, CPU))
+    return build_optimizer(chosen.optimizer, objective, Partition.of(objective.model), 7), chosen
+
+
+def test_a_device_that_is_not_there_is_told_with_those_that_are():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type in ("cpu", "cuda")
+    for wanted in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {wanted}: .*this machine has auto, cpu"):
+            pick_device(wanted)
+
+
+def test_a_size_is_a_start_that_the_recipes_own_numbers_change():
+    chosen = build_recipe(read_recipe("nano"), ["model.layers=2", "model.mlp=swiglu"])
+    config = decoder_config(chosen)
+    assert (config.layers, config.width, config.mlp, config.vocabulary) == (2, 64, "swiglu", 256)
+    with pytest.raises(UserError, match="heads must split width 64"):
+        decoder_config(build_recipe({}, ["model.heads=3"]))
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    one, two, other = (build_model(build_recipe({}, [f"seed={seed}"]), CPU) for seed in (1, 1, 2))
+    pairs = list(zip(one.parameters(), two.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_of_a_recipe_can_be_built(name):
+    optimizer, _ = built(f"optimizer.name={name}")
+    wanted = GaussNewtonOptimizer if name == "full_gn" else FirstOrderOptimizer
+    assert isinstance(optimizer, wanted)
+    rate = (
+        optimizer.learning_rate
+        if isinstance(optimizer, FirstOrderOptimizer)
+        else optimizer.settings.learning_rate
+    )
+    assert rate == LEARNING_RATES[name]
+
+
+def test_a_recipes_settings_reach_the_optimizer():
+    optimizer, _ = built(
+        "optimizer.learning_rate=0.5", "optimizer.inner_solver=adamw", "optimizer.line_search_grid=3",
+        "optimizer.warm_start=false", "optimizer.schedule=inner-cosine", "optimizer.clip=2",
+    )  # fmt: skip
+    assert isinstance(optimizer, GaussNewtonOptimizer)
+    settings = optimizer.settings
+    assert (settings.learning_rate, settings.solver, settings.clip) == (0.5, "adamw", 2.0)
+    assert (settings.warm_start, settings.schedule, settings.outer_steps) == (False, "inner-cosine", 7)
+    assert len(optimizer.grid) == 3
+
+
+def test_clip_0_does_not_clip():
+    optimizer, _ = built("optimizer.name=full_gn", "optimizer.clip=0")
+    assert isinstance(optimizer, GaussNewtonOptimizer) and optimizer.settings.clip is None
+    baseline, chosen = built("optimizer.name=adamw", "optimizer.clip=0")
+    assert isinstance(baseline, FirstOrderOptimizer) and baseline.clip is None
+    warmup = build_warmup(chosen.optimizer, baseline.objective, baseline.partition)
+    assert warmup.clip is None and not warmup.accumulate
+
+
+def test_a_log_says_where_its_numbers_come_from(tmp_path):
+    folder = tmp_path / "run"
+    chosen = recipe(folder, "training.steps=1", "optimizer.name=adamw", "seed=5")
+    train(chosen, folder)
+    found = attributes(folder)
+    assert build_recipe(json.loads(found["recipe"])) == chosen
+    assert build_recipe(read_recipe(folder / "recipe.toml")) == chosen
+    assert (found["seed"], found["name"]) == (5, "run")
+    assert {"hessprobe", "torch", "python", "xarray", "zarr"} <= set(json.loads(found["versions"]))
+    data = json.loads(found["data"])
+    assert data["source"] == str(text_file(tmp_path)) and len(data["sha256"]) == 64
+    assert list(json.loads(found["partition"])) == ["embedding", "block.0", "head"]
+    assert found["created"].endswith("+00:00") and found["device"].startswith("cpu")
+    assert {"git_commit", "schema_version"} <= set(found)
+
+
+def test_a_training_row_is_what_its_table_declares():
+    table = train_table(3)
+    losses = {1.0: 4.0, 0.5: 3.0}
+    row = train_row(
+        report(line_search_loss=losses, inner_loss=(5.0, 4.5)), Totals(tokens=8), held_out_loss=5.2,
+        peak_memory=1.0, line_search_grid=3,
+    )  # fmt: skip
+    assert set(row) == {variable.name for variable in table.variables}
+    assert row["line_search_loss"][0] == 4.0 and len(row["line_search_loss"]) == 3
+    assert (row["inner_loss_first"], row["inner_loss_last"], row["tokens"]) == (5.0, 4.5, 8)
+
+
+def test_totals_add_up():
+    totals = Totals()
+    for _ in range(3):
+        totals.add(report(tokens=8, line_search_tokens=4, gradient_equivalents=2.5), 0.5)
+    assert totals == Totals(tokens=24, line_search_tokens=12, seconds=1.5, gradient_equivalents=7.5)
