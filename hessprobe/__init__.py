@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hessprobe.estimation.lanczos import lanczos
     from hessprobe.estimation.sampling import Estimate
     from hessprobe.estimation.trace import hutchinson_trace, hutchpp_trace, xtrace
+    from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
     from hessprobe.problem.objective import Objective
     from hessprobe.problem.partition import Partition
     from hessprobe.store.reader import open_run
@@ -26,6 +27,7 @@ _HOMES = {
     "Estimate": "estimation.sampling",
     "GaussNewton": "curvature.gauss_newton",
     "Hessian": "curvature.hessian",
+    "LayerKernels": "kernels.layer_kernels",
     "Objective": "problem.objective",
     "Partition": "problem.partition",
     "RunFailed": "errors",
@@ -33,6 +35,7 @@ _HOMES = {
     "block_norms": "estimation.block_norms",
     "hutchinson_trace": "estimation.trace",
     "hutchpp_trace": "estimation.trace",
+    "layer_kernels": "kernels.layer_kernels",
     "lanczos": "estimation.lanczos",
     "open_run": "store.reader",
     "xtrace": "estimation.trace",
@@ -41,6 +44,7 @@ __all__ = [
     "Estimate",
     "GaussNewton",
     "Hessian",
+    "LayerKernels",
     "Objective",
     "Partition",
     "RunFailed",
@@ -49,6 +53,7 @@ __all__ = [
     "hutchinson_trace",
     "hutchpp_trace",
     "lanczos",
+    "layer_kernels",
     "open_run",
     "xtrace",
 ]

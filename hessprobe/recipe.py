@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hessprobe.errors import UserError, unknown_name
 
@@ -54,6 +54,8 @@ class OptimizerRecipe(_Section):
     """One outer step reads `minibatches` x `sequences` sequences, whatever the optimizer.
 
     learning_rate: of the inner steps for Gauss-Newton. None takes the default of the optimizer.
+    line_search_minibatches: fresh minibatches that judge step sizes. None takes as many as `minibatches`, as the
+    reference study does.
     warmup_steps: outer steps of AdamW (a step a minibatch) before the optimizer proper.
     """
 
@@ -65,6 +67,7 @@ class OptimizerRecipe(_Section):
     inner_solver: Literal["muon", "adamw"] = "muon"
     clip: float = Field(default=1.0, ge=0, description="greatest gradient norm; 0 does not clip")
     line_search_grid: Positive = 5
+    line_search_minibatches: Positive | None = None
     warm_start: bool = True
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=1, ge=0)
@@ -83,13 +86,23 @@ class TrainingRecipe(_Section):
 class CrossLayerRecipe(_Section):
     """The probe of cross-layer coupling.
 
-    method: "products" is the reference estimator, layers x samples Gauss-Newton products.
+    method: "kernels" (every pair of layers from `rounds` backward passes) or "products" (the reference estimator,
+    layers x samples Gauss-Newton products). quantity: "population" or "batch", see LayerKernels.block_norms.
     """
 
     every: Positive = 3
-    method: Literal["products"] = "products"
-    sequences: Positive = 16
+    method: Literal["kernels", "products"] = "kernels"
+    sequences: int = Field(default=64, ge=3)
+    rounds: Positive = 1
+    cotangent: Literal["sampled", "sign", "empirical"] = "sampled"
+    quantity: Literal["population", "batch"] = "population"
     samples: int = Field(default=8, ge=2)
+
+    @model_validator(mode="after")
+    def _batch_needs_rounds(self) -> CrossLayerRecipe:
+        if self.quantity == "batch" and self.rounds < 2:
+            raise ValueError("quantity 'batch' needs pairs of rounds: set rounds to 2 or more")
+        return self
 
 
 class Recipe(_Section):

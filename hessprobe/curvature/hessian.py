@@ -55,7 +55,7 @@ class Hessian(ModelOperator):
             def outputs(own: dict[str, Tensor]) -> Tensor:
                 return self.objective.outputs(batch, {**point, **own})
 
-            z, pull_back = torch.func.vjp(outputs, {name: point[name] for name in wanted})
+            z, pull_back, *_ = torch.func.vjp(outputs, {name: point[name] for name in wanted})
             # The loss's gradient in closed form: differentiating through log-softmax would dominate the cost.
             cotangent = self.objective.loss_function.gradient(z, targets) / self.tokens
             return pull_back(cotangent, retain_graph=record, create_graph=record)[0]

@@ -7,12 +7,13 @@ the piece freed. Goodfellow 2015 (arXiv 1510.01799) for the linear case.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from hessprobe.problem.transformer import NORM_EPSILON, RMSNorm
 
@@ -24,12 +25,10 @@ class Piece:
     """A part of one parameter's per-sequence gradients.
 
     Attributes:
-        parameter: the parameter's name within its module.
         rows: (b, q) per-sequence gradients of q of its entries.
         pick: takes the same q entries, in the same order, from any tensor of the parameter's shape.
     """
 
-    parameter: str
     rows: Tensor
     pick: Callable[[Tensor], Tensor]
 
@@ -41,9 +40,14 @@ def _all(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
-def _bias(module: nn.Module, g: Tensor) -> Pieces:
-    if getattr(module, "bias", None) is not None:
-        yield Piece(parameter="bias", rows=g.sum(1), pick=_all)
+def bias(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+    """What is added at every position: g (b, s, out)."""
+    yield Piece(rows=g.sum(1), pick=_all)
+
+
+def channel_bias(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+    """A convolution's bias: g (b, out, *space)."""
+    yield Piece(rows=g.flatten(2).sum(2), pick=_all)
 
 
 def linear(module: nn.Linear, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
@@ -52,8 +56,7 @@ def linear(module: nn.Linear, a: Tensor, g: Tensor, shared: object, sketches: in
     for start in range(0, g.shape[-1], width):
         part = slice(start, start + width)
         rows = torch.bmm(g[..., part].mT, a).flatten(1)
-        yield Piece(parameter="weight", rows=rows, pick=lambda w, part=part: w[part].reshape(-1))
-    yield from _bias(module, g)
+        yield Piece(rows=rows, pick=lambda w, part=part: w[part].reshape(-1))
 
 
 def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
@@ -62,8 +65,7 @@ def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, s
     for start in range(0, a.shape[-1], width):
         part = slice(start, start + width)
         rows = torch.bmm(a[..., part].mT, g).flatten(1)
-        yield Piece(parameter="weight", rows=rows, pick=lambda w, part=part: w[part].reshape(-1))
-    yield from _bias(module, g)
+        yield Piece(rows=rows, pick=lambda w, part=part: w[part].reshape(-1))
 
 
 def embedding(module: nn.Embedding, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
@@ -80,29 +82,26 @@ def embedding(module: nn.Embedding, a: Tensor, g: Tensor, shared: object, sketch
         rows.scatter_add_(1, places[..., None].expand_as(part), part)
         stop = start + part.shape[-1]
         yield Piece(
-            parameter="weight",
             rows=rows.flatten(1),
             pick=lambda w, start=start, stop=stop: w[tokens.to(w.device), start:stop].reshape(-1),
         )
 
 
 def layer_norm(module: nn.LayerNorm, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
-    """nn.LayerNorm over its last dimension, scale and bias."""
-    if module.weight is not None:
-        normed = F.layer_norm(a, module.normalized_shape, eps=module.eps)
-        yield Piece(parameter="weight", rows=(g * normed).sum(1), pick=_all)
-    yield from _bias(module, g)
+    """nn.LayerNorm over its last dimension."""
+    normed = F.layer_norm(a, module.normalized_shape, eps=module.eps)
+    yield Piece(rows=(g * normed).sum(1), pick=_all)
 
 
 def rms_norm(module: nn.RMSNorm, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
     """nn.RMSNorm over its last dimension."""
     eps = torch.finfo(a.dtype).eps if module.eps is None else module.eps
-    yield Piece(parameter="weight", rows=(g * _rms_normed(a, eps)).sum(1), pick=_all)
+    yield Piece(rows=(g * _rms_normed(a, eps)).sum(1), pick=_all)
 
 
 def own_rms_norm(module: RMSNorm, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
     """The RMSNorm of hessprobe's decoder."""
-    yield Piece(parameter="weight", rows=(g * _rms_normed(a, NORM_EPSILON)).sum(1), pick=_all)
+    yield Piece(rows=(g * _rms_normed(a, NORM_EPSILON)).sum(1), pick=_all)
 
 
 def _rms_normed(a: Tensor, eps: float) -> Tensor:
@@ -112,11 +111,7 @@ def _rms_normed(a: Tensor, eps: float) -> Tensor:
 def convolution(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
     """nn.Conv1d and nn.Conv2d: a (b, c, *space), g (b, out, *space'), through the weight's gradient per group."""
     b = a.shape[0]
-    spread = (
-        (lambda x, w, **k: torch.nn.grad.conv1d_weight(x, w, **k))  # noqa: E731
-        if isinstance(module, nn.Conv1d)
-        else torch.nn.grad.conv2d_weight
-    )
+    spread: Callable[..., Tensor] = conv1d_weight if isinstance(module, nn.Conv1d) else conv2d_weight
     # Sequences as channel groups of one convolution: its weight gradient holds theirs side by side.
     size = (b * module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     weight = spread(
@@ -128,8 +123,7 @@ def convolution(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor, shared: obj
         dilation=module.dilation,
         groups=b * module.groups,
     )
-    yield Piece(parameter="weight", rows=weight.reshape(b, -1), pick=_all)
-    yield from _bias(module, g.flatten(2).mT)
+    yield Piece(rows=weight.reshape(b, -1), pick=_all)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +132,14 @@ class FastPath:
 
     Attributes:
         name: what a summary calls it.
-        pieces: (module, inputs (b, ...), output gradients (b, ...), shared, number of sketches) -> pieces.
+        parameters: for each parameter of the module the function that gives its pieces: (module, inputs (b, ...),
+            output gradients (b, ...), the tokens that occur where it is an embedding, number of sketches) -> pieces.
         flat: whether positions between the sequence and the last dimension may be flattened into one.
         accepts: whether this module's settings are covered.
     """
 
     name: str
-    pieces: Callable[..., Pieces]
+    parameters: Mapping[str, Callable[..., Pieces]]
     flat: bool = True
     accepts: Callable[[nn.Module], bool] = lambda module: True
 
@@ -163,24 +158,40 @@ def _plain_convolution(module: nn.Module) -> bool:
     return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
+LINEAR = FastPath(name="linear", parameters={"weight": linear, "bias": bias})
+TRANSPOSED_LINEAR = FastPath(name="linear", parameters={"weight": transposed_linear, "bias": bias})
+CONVOLUTION = FastPath(
+    name="convolution",
+    parameters={"weight": convolution, "bias": channel_bias},
+    flat=False,
+    accepts=_plain_convolution,
+)
 FAST_PATHS: dict[type[nn.Module], FastPath] = {
-    nn.Linear: FastPath(name="linear", pieces=linear),
-    nn.Embedding: FastPath(name="embedding", pieces=embedding, accepts=_plain_embedding),
-    nn.LayerNorm: FastPath(name="layer norm", pieces=layer_norm, accepts=_one_dimension),
-    nn.RMSNorm: FastPath(name="rms norm", pieces=rms_norm, accepts=_one_dimension),
-    RMSNorm: FastPath(name="rms norm", pieces=own_rms_norm),
-    nn.Conv1d: FastPath(name="convolution", pieces=convolution, flat=False, accepts=_plain_convolution),
-    nn.Conv2d: FastPath(name="convolution", pieces=convolution, flat=False, accepts=_plain_convolution),
+    nn.Linear: LINEAR,
+    nn.Embedding: FastPath(name="embedding", parameters={"weight": embedding}, accepts=_plain_embedding),
+    nn.LayerNorm: FastPath(
+        name="layer norm", parameters={"weight": layer_norm, "bias": bias}, accepts=_one_dimension
+    ),
+    nn.RMSNorm: FastPath(name="rms norm", parameters={"weight": rms_norm}, accepts=_one_dimension),
+    RMSNorm: FastPath(name="rms norm", parameters={"weight": own_rms_norm}),
+    nn.Conv1d: CONVOLUTION,
+    nn.Conv2d: CONVOLUTION,
 }
 
 
 def fast_path_of(module: nn.Module) -> FastPath | None:
-    """Returns the fast path of exactly this type of module (a subclass may compute anything), or None."""
+    """Returns the fast path of exactly this type of module (a subclass may compute anything), or None.
+
+    None too where the module holds parameters that the path does not know (a weight norm's, say).
+    """
     kind = type(module)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return FastPath(name="linear", pieces=transposed_linear)
-    path = FAST_PATHS.get(kind)
-    return path if path is not None and path.accepts(module) else None
+        path = TRANSPOSED_LINEAR
+    else:
+        path = FAST_PATHS.get(kind)
+    if path is None or not path.accepts(module):
+        return None
+    return path if all(n in path.parameters for n, _ in module.named_parameters(recurse=False)) else None
 
 
 def token_gram(a: Sequence[Tensor], g: Sequence[Tensor]) -> Tensor:

@@ -108,22 +108,11 @@ class GaussNewtonOptimizer:
         losses, norm = self._solve(theta, batches)
         solution = self.partition.flatten(self.inner)
         direction = solution - theta
-        tokens = self.objective.tokens(batches)
-        cost = PRODUCT_COST * len(batches) * len(self.groups)
-        if not (math.isfinite(losses[-1]) and bool(torch.isfinite(direction).all())):
-            self._start_inner(theta)
-            self.outer += 1
-            return StepReport(
-                outcome="rejected: the inner solve is not finite; a lower learning rate helps",
-                loss=math.nan,
-                gradient_norm=norm,
-                update_norm=0.0,
-                step_size=0.0,
-                inner_loss=tuple(losses),
-                tokens=tokens,
-                gradient_equivalents=cost,
-            )
-        found = search(self.objective, self.partition, theta, direction, line_search_batches, self.grid)
+        solved = math.isfinite(losses[-1]) and bool(torch.isfinite(direction).all())
+        if not solved:
+            direction = torch.zeros_like(theta)
+        grid = self.grid if solved else ()
+        found = search(self.objective, self.partition, theta, direction, line_search_batches, grid)
         move = found.step_size * direction
         named = self.partition.unflatten
         expected = predicted_decrease(
@@ -134,13 +123,16 @@ class GaussNewtonOptimizer:
             # The inner solution leads nowhere: the next step must not start from it.
             self._start_inner(theta)
         self.outer += 1
-        finite = math.isfinite(found.start)
+        if not math.isfinite(found.start):
+            outcome = "diverged: the loss is not finite"
+        elif not solved:
+            outcome = "rejected: the inner solve is not finite; a lower learning rate helps"
+        else:
+            outcome = "accepted" if found.step_size else "rejected: no step size lowers the loss"
+        solving = PRODUCT_COST * len(batches) * len(self.groups)
+        searching = (FORWARD_COST * (len(grid) + 1) + 1) * len(line_search_batches)
         return StepReport(
-            outcome="diverged: the loss is not finite"
-            if not finite
-            else "accepted"
-            if found.step_size
-            else "rejected: no step size lowers the loss",
+            outcome=outcome,
             loss=found.start,
             gradient_norm=norm,
             update_norm=float(move.norm()),
@@ -149,9 +141,9 @@ class GaussNewtonOptimizer:
             predicted_decrease=expected,
             actual_decrease=found.decrease,
             inner_loss=tuple(losses),
-            tokens=tokens,
+            tokens=self.objective.tokens(batches),
             line_search_tokens=found.tokens,
-            gradient_equivalents=cost + len(line_search_batches) * (FORWARD_COST * (len(self.grid) + 1) + 1),
+            gradient_equivalents=solving + searching,
         )
 
     def _solve(self, theta: Tensor, batches: list[Batch]) -> tuple[list[float], float]:

@@ -87,7 +87,7 @@ def _headline(measurement: Measurement) -> str:
     text = (
         f"off-block energy {float(row['off_block_energy']):.3f} ± {float(row['off_block_energy_stderr']):.3f}"
     )
-    if bool(torch.isfinite(along).all()):
-        share = 1 - float(along.diagonal().sum() / along.sum())
+    share = 1 - float(along.diagonal().sum() / along.sum())
+    if math.isfinite(share):  # no update, no share
         text += f", cross share of the update's curvature {share:+.2f}"
     return text

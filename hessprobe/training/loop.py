@@ -95,7 +95,11 @@ class Run:
                 optimizer_state = None
             before = self.partition.vector(self.objective.model)
             began = time.perf_counter()
-            report = optimizer.step(self._minibatches("train", step), self._minibatches("line_search", step))
+            searched = recipe.line_search_minibatches or recipe.minibatches
+            report = optimizer.step(
+                self._minibatches("train", step, recipe.minibatches),
+                self._minibatches("line_search", step, searched),
+            )
             self.totals.add(report, time.perf_counter() - began)
             self._measure(step, before)
             last = step == training.steps - 1
@@ -126,16 +130,16 @@ class Run:
             return build_warmup(recipe, self.objective, self.partition)
         return build_optimizer(recipe, self.objective, self.partition, outer_steps)
 
-    def _minibatches(self, stream: str, step: int) -> list[Batch]:
+    def _minibatches(self, stream: str, step: int, count: int) -> list[Batch]:
         recipe = self.recipe.optimizer
-        first = step * recipe.minibatches
+        first = step * count
         return [
             self._placed(
                 self.corpus.batch(
                     seed=self.recipe.seed, step=first + i, sequences=recipe.sequences, stream=stream
                 )
             )
-            for i in range(recipe.minibatches)
+            for i in range(count)
         ]
 
     def _placed(self, batch: tuple[torch.Tensor, torch.Tensor]) -> Batch:

@@ -176,9 +176,12 @@ def regression(seed: int, poison: bool = False) -> list:
 def test_an_inner_solve_that_is_not_finite_is_rejected_and_leaves_nothing_behind():
     case, optimizer = fresh("mlp_regression", "module", solver="adamw")
     theta = theta_of(case)
+    with torch.no_grad():
+        loss = float(case.objective.loss(regression(2)))
     report = optimizer.step(regression(1, poison=True), regression(2))
     assert report.outcome.startswith("rejected: the inner solve is not finite")
-    assert (report.step_size, report.update_norm) == (0.0, 0.0)
+    assert (report.step_size, report.update_norm, report.line_search_loss) == (0.0, 0.0, {})
+    assert report.loss == pytest.approx(loss)  # there is nothing wrong with the loss itself
     assert torch.equal(theta_of(case), theta)
     after = optimizer.step(regression(3), regression(4))
     assert after.outcome == "accepted"

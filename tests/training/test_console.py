@@ -77,8 +77,9 @@ def test_a_failed_probe_says_why_letter_by_letter():
     assert line == f"  step  3   cross_layer: failed: {reason} (training goes on)\n"
 
 
-def test_an_update_that_is_not_known_has_no_share():
-    row = dict(measurement().row or {}, step_curvature=torch.full((2, 2, 2), math.nan))
+@pytest.mark.parametrize("along", [0.0, math.nan], ids=["no update", "unknown update"])
+def test_without_an_update_there_is_no_share(along):
+    row = dict(measurement().row or {}, step_curvature=torch.full((2, 2, 2), along))
     assert "cross share" not in said(lambda console: console.measured(measurement(row=row)))
 
 
