@@ -35,6 +35,9 @@ def train(
     optimizer: Annotated[str | None, typer.Option(help="full_gn or adamw.")] = None,
     steps: Annotated[int | None, typer.Option(help="Outer steps.")] = None,
     every: Annotated[int | None, typer.Option(help="Outer steps between a probe's rows.")] = None,
+    coupling_error: Annotated[
+        float | None, typer.Option(help="Add sketches until the coupling's mean error is below this.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data and probes.")] = None,
@@ -46,7 +49,7 @@ def train(
     """Train with curvature probes; writes a log, a checkpoint and a report."""
     from hessprobe.recipe import build_recipe, differences, read_recipe
 
-    settings = _settings(probe, optimizer, steps, every, device, seed, setting)
+    settings = _settings(probe, optimizer, steps, every, coupling_error, device, seed, setting)
     if resume:
         folder = out or _latest_run(recipe)
         stored = _stored_recipe(folder)
@@ -102,6 +105,7 @@ def _settings(
     optimizer: str | None,
     steps: int | None,
     every: int | None,
+    coupling_error: float | None,
     device: str | None,
     seed: int | None,
     setting: list[str] | None,
@@ -115,7 +119,13 @@ def _settings(
         raise UserError(f"--steps {steps}: a run needs at least 1 step")
     if every is not None and every < 1:
         raise UserError(f"--every {every}: at least 1 step between rows")
-    flags = {"optimizer.name": optimizer, "training.steps": steps, "device": device, "seed": seed}
+    flags = {
+        "optimizer.name": optimizer,
+        "training.steps": steps,
+        "cross_layer.coupling_error": coupling_error,
+        "device": device,
+        "seed": seed,
+    }
     found += [f"{key}={value}" for key, value in flags.items() if value is not None]
     if every is not None:  # of every probe: which ones run may stand in the recipe's file
         found += [f"{name}.every={every}" for name in PROBES]

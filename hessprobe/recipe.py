@@ -88,6 +88,8 @@ class CrossLayerRecipe(_Section):
 
     method: "kernels" (every pair of layers from `rounds` backward passes) or "products" (the reference estimator,
     layers x samples Gauss-Newton products). quantity: "population" or "batch", see LayerKernels.block_norms.
+    matrix: whose blocks; the Hessian and the residual H - G have no kernel form, so they take products.
+    coupling_error: rounds are doubled until the mean standard error of the coupling is below, or max_rounds reached.
     """
 
     every: Positive = 3
@@ -97,6 +99,19 @@ class CrossLayerRecipe(_Section):
     cotangent: Literal["sampled", "sign", "empirical"] = "sampled"
     quantity: Literal["population", "batch"] = "population"
     samples: int = Field(default=8, ge=2)
+    matrix: Literal["gauss_newton", "hessian", "residual"] = "gauss_newton"
+    coupling_error: float | None = Field(default=None, gt=0)
+    max_rounds: Positive = 8
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether block norms come from layer kernels."""
+        return self.method == "kernels" and self.matrix == "gauss_newton"
+
+    @property
+    def most_rounds(self) -> int:
+        """The most rounds a row can take."""
+        return self.rounds if self.coupling_error is None else max(self.rounds, self.max_rounds)
 
     @model_validator(mode="after")
     def _batch_needs_rounds(self) -> CrossLayerRecipe:

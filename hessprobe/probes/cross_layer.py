@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hessprobe.curvature.gauss_newton import GaussNewton, block_tangents
+from hessprobe.curvature.hessian import Hessian
+from hessprobe.curvature.operator import CurvatureOperator
 from hessprobe.estimation.block_norms import (
     block_norm_samples,
     coupling_of,
@@ -22,12 +24,11 @@ from hessprobe.estimation.block_norms import (
 from hessprobe.estimation.sampling import Estimate
 from hessprobe.kernels.layer_kernels import layer_kernels
 from hessprobe.kernels.stream import Plan, verified_plan
+from hessprobe.probes.cross_layer_table import DIRECTIONS, cross_layer_table, sketches
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import CrossLayerRecipe
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, Variable
-
-DIRECTIONS = ("update", "negative_gradient")
+from hessprobe.store.schema import Table
 
 
 class CrossLayerProbe(Probe):
@@ -42,23 +43,7 @@ class CrossLayerProbe(Probe):
         self._plan: Plan | None = None
 
     def table(self, partition: Partition) -> Table:
-        kernels = self.recipe.method == "kernels"
-        return Table(
-            name=self.name,
-            variables=(
-                *_norm_variables(self._estimator()),
-                *(_sketch_variables() if kernels else ()),
-                *_direction_variables(),
-                *MEASUREMENT_VARIABLES,
-            ),
-            coordinates={
-                "block": list(partition.blocks),
-                "other_block": list(partition.blocks),
-                "direction": list(DIRECTIONS),
-                **({"sketch": self._sketches(), "other_sketch": self._sketches()} if kernels else {}),
-            },
-            attributes=self._attributes(),
-        )
+        return cross_layer_table(self.recipe, partition.blocks)
 
     def measure(self, snapshot: Snapshot) -> Row:
         objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.batches
@@ -69,8 +54,8 @@ class CrossLayerProbe(Probe):
         directions: dict[str, Tensor] = dict(zip(DIRECTIONS, (update, -gradient), strict=True))
         norms = (
             self._by_kernels(snapshot, directions)
-            if self.recipe.method == "kernels"
-            else self._by_products(snapshot, operator)
+            if self.recipe.uses_kernels
+            else self._by_products(snapshot, self._matrix(snapshot, operator))
         )
         slices = partition.slices.values()
         return {
@@ -88,12 +73,15 @@ class CrossLayerProbe(Probe):
 
     def cost(self, partition: Partition) -> float:
         layers = len(partition)
-        if self.recipe.method == "kernels":
+        if self.recipe.uses_kernels:
             # Forward, activations' backward and weights' gradients a round; a Gram matrix is m^2 p multiply-adds, where
             # a gradient is 3 p a token.
             norms = (1 + 2 * self.recipe.rounds) / 3
         else:
-            norms = layers * (4 * self.recipe.samples + 2) / 3
+            a_product, once = {"gauss_newton": (4, 2), "hessian": (6, 3), "residual": (10, 5)}[
+                self.recipe.matrix
+            ]
+            norms = layers * (a_product * self.recipe.samples + once) / 3
         tangents = len(DIRECTIONS) * layers * 2 / 3
         return norms + tangents + 1 + (4 * 2 + 2) / 3  # and the gradient, and the symmetry check
 
@@ -101,28 +89,52 @@ class CrossLayerProbe(Probe):
         objective, partition = snapshot.objective, snapshot.partition
         if self._plan is None:
             self._plan = verified_plan(objective, snapshot.batches[0], partition, snapshot.parameters)
-        found = layer_kernels(
-            objective,
-            snapshot.batches,
-            partition,
-            rounds=self.recipe.rounds,
-            generator=snapshot.generator(self.name),
-            cotangent=self.recipe.cotangent,
-            parameters=snapshot.parameters,
-            along=directions,
-            plan=self._plan,
-        )
+        rounds = self.recipe.rounds
+        generator = snapshot.generator(self.name)
+        while True:
+            found = layer_kernels(
+                objective,
+                snapshot.batches,
+                partition,
+                rounds=rounds,
+                generator=generator,
+                cotangent=self.recipe.cotangent,
+                parameters=snapshot.parameters,
+                along=directions,
+                plan=self._plan,
+            )
+            coupling = found.coupling(self.recipe.quantity)
+            off_diagonal = ~torch.eye(len(partition), dtype=torch.bool)
+            error = float(coupling.stderr[off_diagonal].mean()) if len(partition) > 1 else 0.0
+            wanted = self.recipe.coupling_error
+            if wanted is None or error <= wanted or rounds >= self.recipe.most_rounds:
+                break
+            rounds = min(2 * rounds, self.recipe.most_rounds)
         quantity = self.recipe.quantity
+        norms = _estimates(found.block_norms(quantity), coupling, found.off_block_energy(quantity))
+        alignment = torch.stack([found.alignment[name] for name in DIRECTIONS])
         return {
-            **_estimates(
-                found.block_norms(quantity), found.coupling(quantity), found.off_block_energy(quantity)
-            ),
-            "kernel": found.kernel,
-            "alignment": torch.stack([found.alignment[name] for name in DIRECTIONS]),
-            "sequence_tokens": found.tokens[found.sequence],
+            **norms,
+            "kernel": self._padded(found.kernel, 2),
+            "alignment": self._padded(alignment, 1),
+            "sequence_tokens": self._padded(found.tokens[found.sequence].double(), 1),
+            "rounds": rounds,
+            "coupling_error": error,
         }
 
-    def _by_products(self, snapshot: Snapshot, operator: GaussNewton) -> dict[str, Any]:
+    def _padded(self, x: Tensor, dims: int) -> Tensor:
+        """Returns x with its last dimensions filled up with NaN to the most sketches a row can have."""
+        missing = len(sketches(self.recipe)) - x.shape[-1]
+        return torch.nn.functional.pad(x, (0, missing) * dims, value=torch.nan)
+
+    def _matrix(self, snapshot: Snapshot, gauss_newton: GaussNewton) -> CurvatureOperator:
+        if self.recipe.matrix == "gauss_newton":
+            return gauss_newton
+        objective, batches, partition = snapshot.objective, snapshot.batches, snapshot.partition
+        hessian = Hessian(objective, batches, partition, parameters=snapshot.parameters)
+        return hessian if self.recipe.matrix == "hessian" else hessian - gauss_newton
+
+    def _by_products(self, snapshot: Snapshot, operator: CurvatureOperator) -> dict[str, Any]:
         generator = snapshot.generator(self.name)
         samples = block_norm_samples(operator, self.recipe.samples, generator=generator)
         return _estimates(
@@ -130,84 +142,6 @@ class CrossLayerProbe(Probe):
             Estimate.jackknife(samples, coupling_of),
             Estimate.jackknife(samples, off_block_energy_of),
         )
-
-    def _sketches(self) -> list[int]:
-        return list(range(self.recipe.sequences * self.recipe.rounds))
-
-    def _estimator(self) -> str:
-        recipe = self.recipe
-        if recipe.method == "products":
-            return f"{recipe.samples} sign probes per block, G products (Hutchinson 1989)"
-        return f"layer kernels, {recipe.rounds} {recipe.cotangent} sketch(es) per sequence, {recipe.quantity} quantity"
-
-    def _attributes(self) -> dict[str, object]:
-        recipe = self.recipe
-        if recipe.method == "products":
-            return {"method": "products", "samples": recipe.samples}
-        return {
-            "method": "kernels",
-            "cotangent": recipe.cotangent,
-            "quantity": recipe.quantity,
-            "sketch_sequence": [s % recipe.sequences for s in self._sketches()],
-            "sketch_round": [s // recipe.sequences for s in self._sketches()],
-        }
-
-
-def _norm_variables(estimator: str) -> tuple[Variable, ...]:
-    pair, row = ("step", "block", "other_block"), ("step",)
-    spread = "spread over probes, or jackknife over sequences"
-    entries = (
-        ("fro2", pair, "nats^2", "squared Frobenius norm of the Gauss-Newton block", estimator),
-        ("fro2_stderr", pair, "nats^2", "standard error of fro2", spread),
-        ("coupling", pair, "1", "fro2[i,j] / sqrt(fro2[i,i] fro2[j,j])", f"jackknife over {estimator}"),
-        ("coupling_stderr", pair, "1", "standard error of coupling", "jackknife"),
-        ("off_block_energy", row, "1", "share of ||G||_F^2 outside the diagonal blocks", f"jackknife over {estimator}"),
-        ("off_block_energy_stderr", row, "1", "standard error of off_block_energy", "jackknife"),
-    )  # fmt: skip
-    return tuple(
-        Variable(name=name, dims=dims, units=units, long_name=long_name, estimator=how)
-        for name, dims, units, long_name, how in entries
-    )
-
-
-def _sketch_variables() -> tuple[Variable, ...]:
-    return (
-        Variable(
-            name="kernel",
-            dims=("step", "block", "sketch", "other_sketch"),
-            units="nats^2",
-            long_name="inner products <w_i, w_i'> of the block's parts of two sketches",
-            estimator="exact for the sketches drawn",
-            dtype="float32",
-        ),
-        Variable(
-            name="alignment",
-            dims=("step", "direction", "block", "sketch"),
-            units="nats",
-            long_name="inner products <w_i, d_i> of the block's parts of a sketch and the direction",
-            estimator="exact for the sketches drawn",
-        ),
-        Variable(
-            name="sequence_tokens",
-            dims=("step", "sketch"),
-            units="tokens",
-            long_name="tokens with a target in the sketch's sequence",
-            estimator="counted",
-        ),
-    )
-
-
-def _direction_variables() -> tuple[Variable, ...]:
-    exact = "exact on the batch: one Jacobian product per block"
-    entries = (
-        ("step_curvature", ("step", "direction", "block", "other_block"), "nats", "d_i . G_ij d_j", exact),
-        ("step_slope", ("step", "direction", "block"), "nats", "g_i . d_i", "exact on the batch"),
-        ("gradient_norm2", ("step", "block"), "nats^2", "squared norm of the block's gradient", "exact on the batch"),
-    )  # fmt: skip
-    return tuple(
-        Variable(name=name, dims=dims, units=units, long_name=long_name, estimator=how)
-        for name, dims, units, long_name, how in entries
-    )
 
 
 def _estimates(norms: Estimate, coupling: Estimate, off_block: Estimate) -> dict[str, Tensor]:
