@@ -19,6 +19,14 @@ def cross_layer_findings(table: xr.Dataset) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
+# The recipe's word for the matrix whose blocks were measured -> its name and symbol in a sentence.
+_MATRICES = {
+    "gauss_newton": ("the Gauss-Newton matrix", "G"),
+    "hessian": ("the Hessian", "H"),
+    "residual": ("the residual H - G", "H - G"),
+}
+
+
 def off_block(table: xr.Dataset) -> Finding | None:
     """Returns how much of |G|_F^2 lies between layers at the last measured step."""
     rows = sound_rows(table, "off_block_energy")
@@ -32,19 +40,20 @@ def off_block(table: xr.Dataset) -> Finding | None:
     )
     resolved = abs(value) > STANDARD_ERRORS * stderr
     what = percent(value, stderr)
+    matrix, symbol = _MATRICES[table.attrs.get("matrix", "gauss_newton")]
     return Finding(
         name="off_block_energy",
-        sentence=f"At step {step:,}, {what} of the Gauss-Newton matrix's squared norm lies between "
+        sentence=f"At step {step:,}, {what} of the squared norm of {matrix} lies between "
         "layers, where a layerwise method does not look."
         if resolved
-        else f"At step {step:,}, the share of the Gauss-Newton matrix's squared norm between layers "
+        else f"At step {step:,}, the share of the squared norm of {matrix} between layers "
         f"({what}) is not resolved from zero.",
         value=value,
         stderr=stderr,
         basis=basis(row),
         steps=(step,),
         headline=what,
-        label="of ‖G‖² lies between layers",
+        label=f"of ‖{symbol}‖² lies between layers",
         resolved=resolved,
     )
 

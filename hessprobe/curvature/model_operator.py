@@ -111,9 +111,16 @@ class ModelOperator(CurvatureOperator):
         return 1 if k == 1 else min(k, max(1, self.memory // self.bytes_per_row))
 
     def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
-        chunk = self.rows_at_once(v.shape[0]) if self._batched else 1
-        parts = [self._attempt(part, columns, rows) for part in v.split(chunk)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        while True:
+            chunk = self.rows_at_once(v.shape[0]) if self._batched else 1
+            try:
+                parts = [self._attempt(part, columns, rows) for part in v.split(chunk)]
+            except torch.OutOfMemoryError:
+                if chunk == 1:
+                    raise
+                self.memory = chunk // 2 * self.bytes_per_row  # the bound was too hopeful: half the rows at once
+            else:
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attempt(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         if v.shape[0] > 1 and not self._batched:

@@ -242,3 +242,20 @@ def test_a_model_that_cannot_be_differentiated_twice_raises_instead_of_answering
     kind = {"gauss_newton": GaussNewton, "hessian": Hessian}[operator]
     with pytest.raises((UserError, RuntimeError), match="(?i)differentia|symmetr|derivative"):
         kind(Objective(model), [batch], partition).apply(torch.ones(1, partition.size, dtype=torch.float64))
+
+
+def test_out_of_memory_halves_the_rows_done_together_until_they_fit(zoo_case, monkeypatch):
+    case = zoo_case("mlp_classifier")
+    operator = GaussNewton(case.objective, case.problem.batches, case.partition)
+    v = torch.randn(6, operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, batched, sizes = operator.apply(v), operator._batched_passes, []
+
+    def small_machine(batch, rows, *blocks):
+        sizes.append(rows.shape[0])
+        if rows.shape[0] > 2:
+            raise torch.OutOfMemoryError("no room")
+        return batched(batch, rows, *blocks)
+
+    monkeypatch.setattr(operator, "_batched_passes", small_machine)
+    torch.testing.assert_close(operator.apply(v), expected, rtol=1e-12, atol=1e-14)
+    assert sizes == [6, 3]  # then one at a time, which is another engine
