@@ -274,3 +274,17 @@ class TestFullDisk:
         assert "cannot write the report of runs/a (No space left on device)" in last
         assert "hessprobe report runs/a --out FILE" in last
         assert tables(Path("runs/a"))["train"].sizes["step"] == 2
+
+
+def test_a_run_is_not_resumed_on_another_text(hessprobe, small, tmp_path):
+    text = tmp_path / "changing.txt"
+    text.write_text("one two three four five six seven " * 200)
+    call = ["train", *small, f"--set=data.source={text}", "--out=run"]
+    assert hessprobe(*call).code == 0
+    text.write_text("another text of no less length than the one before " * 200)
+    refused(hessprobe(*call, "--resume"), "is not what run was trained on", "sha256")
+
+
+def test_a_vocabulary_smaller_than_the_texts_leaves_no_run_behind(hessprobe, small):
+    refused(hessprobe("train", *small, "--set=model.vocabulary=100", "--out=run"), "outside the vocabulary of 100")
+    assert not Path("run").exists()

@@ -13,16 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import unknown_name
-from hessprobe.problem.partition import Partition
+from hessprobe.problem.layer_names import layer_of
+from hessprobe.problem.partition import unwrapped
 
 SOLVERS = ("muon", "adamw")
-_OUTER_LAYERS = {"embedding", "head", "embedding+head"}
+_OUTER_LAYERS = {"embedding", "head"}
 
 
 def hidden_matrices(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of the 2-D parameters that belong neither to the embedding nor to the head."""
-    layers = Partition.of(model, "layer")
-    return tuple(s.name for s in layers.slots if len(s.shape) == 2 and s.block not in _OUTER_LAYERS)
+    return tuple(
+        name
+        for name, p in unwrapped(model).named_parameters()
+        if p.requires_grad and p.dim() == 2 and layer_of(name) not in _OUTER_LAYERS
+    )
 
 
 class FirstOrder:

@@ -47,7 +47,7 @@ class CrossLayerProbe(Probe):
 
     def measure(self, snapshot: Snapshot) -> Row:
         objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.batches
-        operator = GaussNewton(objective, batches, partition, parameters=snapshot.parameters)
+        operator = self._matrix(snapshot)
         loss, gradient = objective.gradient(batches, partition, snapshot.named_parameters)
         nowhere = torch.full_like(gradient, torch.nan)
         update = nowhere if snapshot.update is None else snapshot.update
@@ -55,20 +55,21 @@ class CrossLayerProbe(Probe):
         norms = (
             self._by_kernels(snapshot, directions)
             if self.recipe.uses_kernels
-            else self._by_products(snapshot, self._matrix(snapshot, operator))
+            else self._by_products(snapshot, operator)
         )
         slices = partition.slices.values()
+        again = norms.pop("rounds_again", 0)
         return {
             **norms,
             "step_curvature": torch.stack([_curvature_along(snapshot, d) for d in directions.values()]),
             "step_slope": torch.stack([_blockwise(gradient * d, partition) for d in directions.values()]),
             "gradient_norm2": torch.stack([gradient[where].square().sum() for where in slices]),
             "loss": loss,
-            "tokens": operator.tokens,
+            "tokens": objective.tokens(batches),
             "sequences": self.sequences,
             "damping": 0.0,
             "symmetry_gap": symmetry_gap(operator, generator=snapshot.generator(f"{self.name}/symmetry")),
-            "gradient_equivalents": self.cost(partition),
+            "gradient_equivalents": self.cost(partition) + again * 2 / 3,
         }
 
     def cost(self, partition: Partition) -> float:
@@ -89,7 +90,7 @@ class CrossLayerProbe(Probe):
         objective, partition = snapshot.objective, snapshot.partition
         if self._plan is None:
             self._plan = verified_plan(objective, snapshot.batches[0], partition, snapshot.parameters)
-        rounds = self.recipe.rounds
+        rounds, again = self.recipe.rounds, 0
         generator = snapshot.generator(self.name)
         while True:
             found = layer_kernels(
@@ -109,7 +110,9 @@ class CrossLayerProbe(Probe):
             wanted = self.recipe.coupling_error
             if wanted is None or error <= wanted or rounds >= self.recipe.most_rounds:
                 break
+            # Fresh sketches each time: an error that was small by luck must not be kept because it was small.
             rounds = min(2 * rounds, self.recipe.most_rounds)
+            again += rounds
         quantity = self.recipe.quantity
         norms = _estimates(found.block_norms(quantity), coupling, found.off_block_energy(quantity))
         alignment = torch.stack([found.alignment[name] for name in DIRECTIONS])
@@ -120,6 +123,7 @@ class CrossLayerProbe(Probe):
             "sequence_tokens": self._padded(found.tokens[found.sequence].double(), 1),
             "rounds": rounds,
             "coupling_error": error,
+            "rounds_again": again,
         }
 
     def _padded(self, x: Tensor, dims: int) -> Tensor:
@@ -127,10 +131,11 @@ class CrossLayerProbe(Probe):
         missing = len(sketches(self.recipe)) - x.shape[-1]
         return torch.nn.functional.pad(x, (0, missing) * dims, value=torch.nan)
 
-    def _matrix(self, snapshot: Snapshot, gauss_newton: GaussNewton) -> CurvatureOperator:
+    def _matrix(self, snapshot: Snapshot) -> CurvatureOperator:
+        objective, batches, partition = snapshot.objective, snapshot.batches, snapshot.partition
+        gauss_newton = GaussNewton(objective, batches, partition, parameters=snapshot.parameters)
         if self.recipe.matrix == "gauss_newton":
             return gauss_newton
-        objective, batches, partition = snapshot.objective, snapshot.batches, snapshot.partition
         hessian = Hessian(objective, batches, partition, parameters=snapshot.parameters)
         return hessian if self.recipe.matrix == "hessian" else hessian - gauss_newton
 

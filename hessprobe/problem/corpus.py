@@ -91,6 +91,10 @@ class Corpus:
                 )
         if vocabulary is None:
             vocabulary = _infer_vocabulary(source, parts)
+        elif parts.train.nbytes <= READ_WHOLE:  # larger ones are checked batch by batch
+            largest = max(int(parts.train.max()), int(parts.held_out.max()))
+            if largest >= vocabulary:
+                raise _outside(str(source), largest, vocabulary)
         digest, hashed = _digest(parts)
         fingerprint = {
             "source": str(source),
@@ -171,13 +175,16 @@ class Corpus:
         windows = np.asarray(tokens[starts[:, None] + np.arange(self.context + 1)], dtype=np.int64)
         largest = int(windows.max())
         if largest >= self.vocabulary:
-            raise UserError(
-                f"corpus {self.fingerprint['source']!r} holds token {largest:,}, outside the vocabulary of "
-                f"{self.vocabulary:,} (0 .. {self.vocabulary - 1:,}). Give vocabulary={largest + 1} or more: "
-                "the size of the tokenizer it was made with."
-            )
+            raise _outside(self.fingerprint["source"], largest, self.vocabulary)
         both = torch.from_numpy(windows)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+def _outside(source: str, token: int, vocabulary: int) -> UserError:
+    return UserError(
+        f"corpus {source!r} holds token {token:,}, outside the vocabulary of {vocabulary:,} (0 .. {vocabulary - 1:,}). "
+        f"Give vocabulary={token + 1} or more: the size of the tokenizer it was made with."
+    )
 
 
 def _blocks(tokens: np.ndarray) -> Iterator[np.ndarray]:

@@ -48,7 +48,7 @@ class Objective:
         self.model = unwrapped(model)
         self.loss_function = loss_named(loss, ignore_index)
         self._shift = forward is None and targets is None and _is_causal(self.model)
-        self._forward = _Forward(self.model, forward or _default_forward, self._shift)
+        self._forward = _Forward(self.model, forward or _default_forward, self._shifts)
         self._targets = targets or _default_targets
 
     def micro_batches(self, batches: Batch | list[Batch]) -> list[Batch]:
@@ -71,11 +71,15 @@ class Objective:
     def targets(self, batch: Batch) -> Tensor:
         """Returns the batch's targets flattened over its tokens: (n,), or (n, c) for a regression."""
         y = self._targets(batch)
-        if self._shift:
+        if self._shifts(batch):
             y = y[:, 1:]
         if y.is_floating_point():
             return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(-1, 1)
         return y.reshape(-1)
+
+    def _shifts(self, batch: Batch) -> bool:
+        """Tells whether labels stand one place to the right of their outputs: in a causal model's mapping, not a pair."""
+        return self._shift and isinstance(batch, Mapping)
 
     def sequence_shape(self, batch: Batch) -> tuple[int, int]:
         """Returns (b, t): the batch's sequences, the first dimension of its targets, and positions of each."""
@@ -179,15 +183,20 @@ def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
 class _Forward(nn.Module):
     """Lets functional_call swap parameters under any `forward(model, batch)`."""
 
-    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Tensor], shift: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        function: Callable[[nn.Module, Batch], Tensor],
+        shifts: Callable[[Batch], bool],
+    ) -> None:
         super().__init__()
         self.model = model
         self.function = function
-        self.shift = shift
+        self.shifts = shifts
 
     def forward(self, batch: Batch) -> Tensor:
         z = self.function(self.model, batch)
-        return z[:, :-1] if self.shift else z
+        return z[:, :-1] if self.shifts(batch) else z
 
 
 def _is_tensor_list(batch: object) -> bool:

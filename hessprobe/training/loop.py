@@ -87,6 +87,7 @@ class Run:
         recipe, training = self.recipe.optimizer, self.recipe.training
         warmup = min(recipe.warmup_steps, training.steps)
         optimizer: OuterOptimizer | None = None
+        rejected = 0
         for step in range(start, training.steps):
             if optimizer is None or step == warmup:
                 optimizer = self._optimizer(step < warmup, training.steps - warmup)
@@ -101,6 +102,11 @@ class Run:
                 self._minibatches("line_search", step, searched),
             )
             self.totals.add(report, time.perf_counter() - began)
+            rejected = rejected + 1 if report.outcome.startswith("rejected") else 0
+            if rejected == 3:
+                self.console.say(
+                    "hint", "3 steps rejected in a row: a lower --set optimizer.learning_rate may help"
+                )
             self._measure(step, before)
             last = step == training.steps - 1
             evaluate = last or step % training.evaluate_every == 0

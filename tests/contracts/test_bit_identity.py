@@ -17,9 +17,14 @@ from tests.training.runs import assert_same_rows, parameters, recipe, state, tab
 MEASURED = 'probes=["cross_layer"]'
 
 
-@pytest.mark.parametrize("optimizer", ["full_gn", "adamw"])
-def test_training_ends_in_the_same_weights_with_and_without_a_probe(tmp_path, optimizer):
-    settings = (f"optimizer.name={optimizer}", "training.steps=4", "cross_layer.every=1")
+@pytest.mark.parametrize(("optimizer", "method"), [("full_gn", "kernels"), ("adamw", "products")])
+def test_training_ends_in_the_same_weights_with_and_without_a_probe(tmp_path, optimizer, method):
+    settings = (
+        f"optimizer.name={optimizer}",
+        f"cross_layer.method={method}",
+        "training.steps=4",
+        "cross_layer.every=1",
+    )
     for folder, more in (("bare", ()), ("probed", (MEASURED,))):
         train(recipe(tmp_path / folder, *settings, *more), tmp_path / folder)
     bare, probed = state(tmp_path / "bare"), state(tmp_path / "probed")
@@ -45,8 +50,9 @@ def test_a_run_depends_on_no_ambient_random_state(tmp_path):
     assert_same_rows(tmp_path / "1", tmp_path / "2")
 
 
+@pytest.mark.parametrize("method", ["kernels", "products"])
 @pytest.mark.parametrize("name", ["decoder_ragged", "fused_attention"])
-def test_one_measurement_touches_neither_weights_nor_gradients_nor_random_state(name):
+def test_one_measurement_touches_neither_weights_nor_gradients_nor_random_state(name, method):
     problem = models.ZOO[name](models.seeded(1))
     model = problem.model.train()
     objective, partition = Objective(model), Partition.of(model, "module")
@@ -60,10 +66,12 @@ def test_one_measurement_touches_neither_weights_nor_gradients_nor_random_state(
         step=0, objective=objective, partition=partition, parameters=theta, update=0.1 * theta, seed=0,
         batches=list(problem.batches),
     )  # fmt: skip
-    CrossLayerProbe(CrossLayerRecipe(samples=2)).measure(snapshot)
+    CrossLayerProbe(CrossLayerRecipe(method=method, samples=2)).measure(snapshot)  # type: ignore[arg-type]
     assert all(torch.equal(weights[n], p) for n, p in model.state_dict().items())
     assert identities == {n: p.data_ptr() for n, p in model.named_parameters()}
     assert all(bool((p.grad == i).all()) for i, p in enumerate(model.parameters()))
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.is_grad_enabled()
+    for module in model.modules():
+        assert not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -33,15 +33,15 @@ def cut_off_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cut_off_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the next run die as it reads the data of `step`, after the checkpoint of the step before."""
-    minibatches = loop.Run._minibatches
+    """Makes the next run die before `step`, right after the checkpoint of the step before it is saved."""
+    save = loop.save_checkpoint
 
-    def read_or_die(self: loop.Run, stream: str, at: int) -> list:
-        if at == step:
+    def save_and_die(*words, **named) -> None:
+        save(*words, **named)
+        if named["step"] == step:
             raise CutOffError
-        return minibatches(self, stream, at)
 
-    monkeypatch.setattr(loop.Run, "_minibatches", read_or_die)
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_die)
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,13 @@ def test_opening_needs_no_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
 
 
-def test_token_outside_the_vocabulary_is_told_by_the_batch_that_meets_it(tmp_path: Path) -> None:
+def test_token_outside_the_vocabulary_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="token 300, outside .* of 256 .*vocabulary=301 or more"):
+        Corpus.open(shard(tmp_path / "t.bin", [300] * 200), context=8, vocabulary=256)
+
+
+def test_of_a_large_shard_it_is_told_by_the_batch_that_meets_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("hessprobe.problem.corpus.READ_WHOLE", 16)
     corpus = Corpus.open(shard(tmp_path / "t.bin", [300] * 200), context=8, vocabulary=256)
     for read in (lambda: corpus.batch(seed=0, step=0, sequences=1), lambda: corpus.held_out_batches(1, 1)):
         with pytest.raises(UserError, match="token 300, outside .* of 256 .*vocabulary=301 or more"):

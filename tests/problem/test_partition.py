@@ -236,7 +236,6 @@ def test_flatten_and_unflatten_are_inverse_and_blocks_are_slices(tensors, lead):
     ]
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="unflatten cannot reshape to the shape ()")
 def test_a_scalar_parameter_has_its_place():
     model = nn.Module()
     model.register_parameter("temperature", nn.Parameter(torch.tensor(2.0)))

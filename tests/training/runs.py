@@ -32,7 +32,7 @@ def tiny(source: Path) -> list[str]:
     return [
         f"data.source={source}", "data.held_out_sequences=4", "training.threads=1", "model.layers=1",
         "model.width=8", "model.feedforward=8", "model.heads=2", "model.context=8", "optimizer.minibatches=2",
-        "optimizer.sequences=2", "cross_layer.sequences=2", "cross_layer.samples=2", "cross_layer.every=2",
+        "optimizer.sequences=2", "cross_layer.sequences=4", "cross_layer.samples=2", "cross_layer.every=2",
     ]  # fmt: skip
 
 

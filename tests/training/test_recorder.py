@@ -142,10 +142,8 @@ def test_peak_memory_of_a_gpu_is_that_since_the_last_reset():
 
 
 def test_probes_are_built_by_name_each_once_with_their_own_settings():
-    chosen = build_recipe(
-        {}, ['probes=["cross_layer", "cross_layer"]', "cross_layer.every=7", "cross_layer.samples=3"]
-    )
-    (probe,) = build_probes(chosen)
+    settings = ['probes=["cross_layer", "cross_layer"]', "cross_layer.every=7", "cross_layer.sequences=9"]
+    (probe,) = build_probes(build_recipe({}, settings))
     assert isinstance(probe, CrossLayerProbe)
-    assert (probe.every, probe.samples) == (7, 3)
+    assert (probe.every, probe.sequences) == (7, 9)
     assert build_probes(build_recipe({})) == []

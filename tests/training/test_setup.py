@@ -56,14 +56,13 @@ def test_initial_weights_depend_on_the_seed_alone():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_of_a_recipe_can_be_built(name):
     optimizer, _ = built(f"optimizer.name={name}")
-    wanted = GaussNewtonOptimizer if name == "full_gn" else FirstOrderOptimizer
-    assert isinstance(optimizer, wanted)
-    rate = (
-        optimizer.learning_rate
-        if isinstance(optimizer, FirstOrderOptimizer)
-        else optimizer.settings.learning_rate
-    )
-    assert rate == LEARNING_RATES[name]
+    if name == "full_gn":
+        assert isinstance(optimizer, GaussNewtonOptimizer)
+        assert optimizer.settings.learning_rate == LEARNING_RATES[name]
+        assert optimizer.settings.structure == "full"
+    else:
+        assert isinstance(optimizer, FirstOrderOptimizer)
+        assert optimizer.learning_rate == LEARNING_RATES[name]
 
 
 def test_a_recipes_settings_reach_the_optimizer():

@@ -1,0 +1,1 @@
+"""From a log to one page, figures and terminal tables."""
