@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
-from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
 from hessprobe.problem.partition import Partition
 
 
@@ -60,16 +60,24 @@ class GaussNewton(ModelOperator):
 
         with torch.no_grad():  # the tangents need no reverse graph: only z does
             jv = torch.func.vmap(along)({name: tangents[name] for name in moved})
-        z = self.objective.outputs(batch, leaves)
-        pulled = _pull_back(z, [leaves[name] for name in wanted], self._curve(z, batch, jv), batched=True)
+
+        def pulled_back() -> list[Tensor]:
+            z = self.objective.outputs(batch, leaves)
+            return _pull_back(z, [leaves[name] for name in wanted], self._curve(z, batch, jv), batched=True)
+
+        pulled = with_parameters(self.objective.model, leaves, pulled_back)
         return self.flatten_rows(dict(zip(wanted, pulled, strict=True)), v.shape[0])
 
     def _double_backward(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         wanted, moved = self.names_in(rows), self.names_in(columns)
         leaves = self.leaves(self.partition.names)
-        z = self.objective.outputs(batch, leaves)
-        (jv,) = reverse_tangents(z, leaves, self.partition.unflatten(v[0]), [moved])
-        back = _pull_back(z, [leaves[name] for name in wanted], self._curve(z, batch, jv))
+
+        def there_and_back() -> list[Tensor]:
+            z = self.objective.outputs(batch, leaves)
+            (jv,) = reverse_tangents(z, leaves, self.partition.unflatten(v[0]), [moved])
+            return _pull_back(z, [leaves[name] for name in wanted], self._curve(z, batch, jv))
+
+        back = with_parameters(self.objective.model, leaves, there_and_back)
         return self.flatten_rows(dict(zip(wanted, back, strict=True)), 1)
 
     def _one_by_one(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
@@ -140,8 +148,12 @@ def block_tangents(
             return passes[0][0], torch.stack([jd for _, jd in passes])
         except (RuntimeError, NotImplementedError):  # the model has no forward mode
             leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
-            z = objective.outputs(batch, leaves)
-            return z.detach(), torch.stack(reverse_tangents(z, leaves, d, groups)).detach()
+
+            def by_reverse() -> tuple[Tensor, Tensor]:
+                z = objective.outputs(batch, leaves)
+                return z.detach(), torch.stack(reverse_tangents(z, leaves, d, groups)).detach()
+
+            return with_parameters(objective.model, leaves, by_reverse)
 
 
 def reverse_tangents(

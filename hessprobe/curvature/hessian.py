@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
-from hessprobe.problem.objective import Batch
+from hessprobe.problem.objective import Batch, with_parameters
 
 
 class Hessian(ModelOperator):
@@ -71,8 +71,15 @@ class Hessian(ModelOperator):
         return self.flatten_rows(product, v.shape[0])
 
     def _reverse_over_reverse(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
-        wanted, moved = self.names_in(rows), self.names_in(columns)
         leaves = self.leaves(self.partition.names)
+        return with_parameters(
+            self.objective.model, leaves, lambda: self._double_backward(batch, v, columns, rows, leaves)
+        )
+
+    def _double_backward(
+        self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks, leaves: dict[str, Tensor]
+    ) -> Tensor:
+        wanted, moved = self.names_in(rows), self.names_in(columns)
         targets = self.objective.targets(batch)
         z = self.objective.outputs(batch, leaves)
         cotangent = self.objective.loss_function.gradient(z, targets) / self.tokens

@@ -104,6 +104,16 @@ def own_rms_norm(module: RMSNorm, a: Tensor, g: Tensor, shared: object, sketches
     yield Piece(rows=(g * _rms_normed(a, NORM_EPSILON)).sum(1), pick=_all)
 
 
+def foreign_rms_norm(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+    """Another library's RMSNorm, scaled by w (Llama, Qwen) or 1 + w (Gemma): the same gradient."""
+    yield Piece(rows=(g * _rms_normed(a, _foreign_epsilon(module) or 0.0)).sum(1), pick=_all)
+
+
+def _foreign_epsilon(module: nn.Module) -> float | None:
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return found if isinstance(found, float) else None
+
+
 def _rms_normed(a: Tensor, eps: float) -> Tensor:
     return a * torch.rsqrt(a.square().mean(-1, keepdim=True) + eps)
 
@@ -159,6 +169,7 @@ def _plain_convolution(module: nn.Module) -> bool:
 
 
 LINEAR = FastPath(name="linear", parameters={"weight": linear, "bias": bias})
+FOREIGN_RMS_NORM = FastPath(name="rms norm", parameters={"weight": foreign_rms_norm})
 TRANSPOSED_LINEAR = FastPath(name="linear", parameters={"weight": transposed_linear, "bias": bias})
 CONVOLUTION = FastPath(
     name="convolution",
@@ -187,6 +198,8 @@ def fast_path_of(module: nn.Module) -> FastPath | None:
     kind = type(module)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         path = TRANSPOSED_LINEAR
+    elif kind not in FAST_PATHS and kind.__name__.endswith("RMSNorm") and _foreign_epsilon(module):
+        path = FOREIGN_RMS_NORM  # by its name, since every library has one; a plan's verification has the last word
     else:
         path = FAST_PATHS.get(kind)
     if path is None or not path.accepts(module):

@@ -7,21 +7,24 @@ are differentiated one sequence at a time. Which way each took is known, and eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
 from hessprobe.kernels.features import FastPath, Piece, fast_path_of, prefers_tokens, token_gram
-from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
 from hessprobe.problem.partition import Partition
 
 DEFAULT_MEMORY = 2**31
 ONE_SEQUENCE, MASKED = "one sequence at a time", "whole batch, one sequence's loss at a time"
 # (micro-batch's number, outputs (n, c), targets) -> cotangents (n, c), each token's scaled to its sequence.
 Cotangents = Callable[[int, Tensor, Tensor], Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +64,6 @@ class Held:
     inputs: list[Tensor] = field(default_factory=list)
     gradients: list[list[Tensor]] = field(default_factory=list)
 
-    def nbytes(self) -> int:
-        """Bytes held."""
-        held = [*self.inputs, *(g for rounds in self.gradients for g in rounds)]
-        return sum(t.numel() * t.element_size() for t in held)
-
 
 def first_plan(objective: Objective, partition: Partition) -> Plan:
     """Returns the plan by types alone: every module with a fast path whose parameters are its own."""
@@ -95,7 +93,8 @@ class Stream:
         plan: the way of each parameter.
         groups: into which kernel each parameter's share goes; one a block unless said otherwise.
         along: vectors (p,) by name, whose inner products with every sketch are wanted.
-        memory: bytes of inputs and output gradients that may be held on the device; beyond, they go to the host.
+        memory: bytes of output gradients that may be held on the device; beyond, they go to the host.
+        autocast: run the model under torch.autocast of this type; Gram matrices stay in float32.
     """
 
     def __init__(
@@ -108,8 +107,10 @@ class Stream:
         groups: Mapping[str, int] | None = None,
         along: Mapping[str, Tensor] | None = None,
         memory: int = DEFAULT_MEMORY,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.objective, self.partition, self.plan, self.theta = objective, partition, plan, theta
+        self.autocast = autocast
         self.along = {name: partition.unflatten(vector) for name, vector in (along or {}).items()}
         self.memory = memory
         order = {block: i for i, block in enumerate(partition.blocks)}
@@ -127,18 +128,32 @@ class Stream:
         self.alignment = {
             name: torch.zeros(layers, m, dtype=torch.float64, device=device) for name in self.along
         }
-        held = {id(tap): Held() for tap in self.plan.taps}
         drawn: list[list[Tensor]] = []
-        # Eager: a compiled block would not see the hooks.
-        with (
-            measuring(self.objective.model, forward_mode=False),
-            torch.compiler.set_stance("force_eager"),
-        ):
+
+        def passes() -> None:
+            held = {id(tap): Held() for tap in self.plan.taps}
             for number, batch in enumerate(batches):
-                final = number == len(batches) - 1
-                drawn.append(self._pass(batch, number, rounds, cotangents, held, sequences, final))
+                found = self._pass(batch, number, rounds, cotangents, held, sequences)
+                if self.plan.fallback:
+                    drawn.append(found)
+
+        with _watched(self.objective.model):
+            leaves = self.objective.leaves(self.partition, self.theta, ())
+            with_parameters(self.objective.model, leaves, passes)
             if self.plan.fallback:
                 self._fall_back(batches, drawn)
+
+    def run_until_it_fits(
+        self, batches: Sequence[Batch], rounds: int, cotangents: Cotangents, generator: torch.Generator
+    ) -> None:
+        """Runs; a tap that some batch calls otherwise than once leaves `plan`, and the draws start again."""
+        state = generator.get_state()
+        while True:
+            try:
+                return self.run(batches, rounds, cotangents)
+            except NotOneCall as refused:
+                self.plan = _without(self.plan, {id(refused.tap)})
+                generator.set_state(state)
 
     def _pass(
         self,
@@ -148,21 +163,21 @@ class Stream:
         cotangents: Cotangents,
         held: dict[int, Held],
         sequences: list[int],
-        final: bool,
     ) -> list[Tensor]:
         """Runs one micro-batch forward once and backward for each round, and returns the cotangents."""
-        sketches = sum(sequences) * rounds
+        sketches, final = sum(sequences) * rounds, number == len(sequences) - 1
         roots: list[tuple[Tap, Tensor]] = []
-        handles: list[torch.utils.hooks.RemovableHandle] = []
-        state = {"round": 0}
-        calls: dict[int, int] = {}
+        calls = {id(tap): 0 for tap in self.plan.taps}
+        arrivals = {id(tap): 0 for tap in self.plan.taps}
+        recomputing = False
 
         def arrived(tap: Tap, gradient: Tensor) -> None:
             mine = held[id(tap)]
             if len(mine.gradients) <= number:
                 mine.gradients.append([])
             mine.gradients[number].append(gradient.detach())
-            if final and state["round"] == rounds - 1:
+            arrivals[id(tap)] += 1
+            if final and arrivals[id(tap)] == rounds:
                 self._add(tap, mine, sketches)
                 mine.inputs.clear()
                 mine.gradients.clear()
@@ -171,9 +186,12 @@ class Stream:
 
         def tapped(tap: Tap) -> Callable[..., Tensor | None]:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-                calls[id(tap)] = calls.get(id(tap), 0) + 1
-                if calls[id(tap)] > 1:
-                    raise _NotOneCall(tap)
+                if recomputing:  # a checkpointed part, in backward: the same graph again, and nothing to note
+                    return None if output.requires_grad else output.detach().requires_grad_().clone()
+                calls[id(tap)] += 1
+                firsts = [x.shape[:1] for x in (*inputs, output)]
+                if calls[id(tap)] > 1 or firsts != 2 * [(sequences[number],)]:
+                    raise NotOneCall(tap)
                 held[id(tap)].inputs.append(inputs[0].detach())
                 if output.requires_grad:
                     output.register_hook(lambda g: arrived(tap, g))
@@ -185,24 +203,33 @@ class Stream:
 
             return hook
 
+        handles = [tap.module.register_forward_hook(tapped(tap)) for tap in self.plan.taps]
         try:
-            handles = [tap.module.register_forward_hook(tapped(tap)) for tap in self.plan.taps]
-            z = self.objective.outputs(batch, self.objective.leaves(self.partition, self.theta, ()))
+            z = _outputs(self.objective, batch, self.autocast)
+            for tap in self.plan.taps:
+                if calls[id(tap)] == 0:
+                    raise NotOneCall(tap)
+            recomputing = True
+            fixed, targets = z.detach().to(self._device_and_dtype()[1]), self.objective.targets(batch)
+            if fixed.isnan().any():
+                raise UserError(
+                    f"{type(self.objective.model).__name__} returned NaN for micro-batch {number}: there is no "
+                    "curvature to measure; look at the parameters and at the batch"
+                )
+            drawn = []
+            for r in range(rounds):
+                drawn.append(cotangents(number, fixed, targets).to(z.dtype))
+                if roots:
+                    tensors, keep = [root for _, root in roots], r < rounds - 1
+                    grads = torch.autograd.grad(z, tensors, drawn[r], retain_graph=keep, allow_unused=True)
+                    for (tap, root), g in zip(roots, grads, strict=True):
+                        arrived(tap, torch.zeros_like(root) if g is None else g)
         finally:
             for handle in handles:
                 handle.remove()
-        targets = self.objective.targets(batch)
-        drawn = []
-        for r in range(rounds):
-            state["round"] = r
-            drawn.append(cotangents(number, z.detach(), targets))
-            if roots:
-                tensors = [root for _, root in roots]
-                grads = torch.autograd.grad(
-                    z, tensors, drawn[r], retain_graph=r < rounds - 1, allow_unused=True
-                )
-                for (tap, root), g in zip(roots, grads, strict=True):
-                    arrived(tap, torch.zeros_like(root) if g is None else g)
+        for tap in self.plan.taps:
+            if arrivals[id(tap)] != rounds:  # what it computes does not reach the outputs
+                raise NotOneCall(tap)
         return drawn
 
     def _make_room(self, mine: Held) -> None:
@@ -218,23 +245,21 @@ class Stream:
         inputs, gradients = [], []
         for a, rounds in zip(mine.inputs, mine.gradients, strict=True):
             for g in rounds:
-                if a.shape[0] != g.shape[0]:
-                    raise _NotOneCall(tap)
                 inputs.append(_positions(a.to(device), tap.path, embedding=tap.path.name == "embedding"))
                 gradients.append(_positions(g.to(device, dtype), tap.path))
         embedded = tap.path.name == "embedding"
         inputs = inputs if embedded else [a.to(dtype) for a in inputs]
         shared = torch.unique(torch.cat([a.reshape(-1) for a in inputs])) if embedded else None
-        names = dict(tap.names)
-        if self._by_tokens(tap, inputs, gradients, sketches):
-            self._gram(self.group[names.pop("weight")], token_gram(inputs, gradients))
-        streams = [
-            tap.path.pieces(tap.module, a, g, shared, sketches)
-            for a, g in zip(inputs, gradients, strict=True)
-        ]
-        for pieces in zip(*streams, strict=True):
-            if pieces[0].parameter in names:
-                self._add_piece(names[pieces[0].parameter], pieces)
+        for own, name in tap.names.items():
+            if own == "weight" and self._by_tokens(tap, inputs, gradients, sketches):
+                self._gram(self.group[name], token_gram(inputs, gradients))
+                continue
+            streams = [
+                tap.path.parameters[own](tap.module, a, g, shared, sketches)
+                for a, g in zip(inputs, gradients, strict=True)
+            ]
+            for pieces in zip(*streams, strict=True):
+                self._add_piece(name, pieces)
 
     def _by_tokens(self, tap: Tap, inputs: list[Tensor], gradients: list[Tensor], sketches: int) -> bool:
         if tap.path.name != "linear" or self.along:
@@ -263,22 +288,45 @@ class Stream:
         names = self.plan.fallback
         found: list[list[Tensor]] = []
         for batch, cotangents in zip(batches, drawn, strict=True):
-            by_round = sequence_gradients(
-                self.objective, batch, self.partition, self.theta, names, cotangents, self.plan.how
+            found += sequence_gradients(
+                self.objective,
+                batch,
+                self.partition,
+                self.theta,
+                names,
+                cotangents,
+                self.plan.how,
+                self.autocast,
             )
-            found += by_round
         rows = {name: torch.stack([sketch[i] for sketch in found]) for i, name in enumerate(names)}
         for name, gradients in rows.items():
             flat = gradients.flatten(1)
-            self._add_piece(name, [Piece(parameter=name, rows=flat, pick=lambda t: t.reshape(-1))])
+            self._add_piece(name, [Piece(rows=flat, pick=lambda t: t.reshape(-1))])
 
 
-class _NotOneCall(RuntimeError):
-    """A tap's module was called twice, or not once per sequence: its parameters need the fallback."""
+class NotOneCall(UserError):
+    """A tap's module was not called once, with the sequences first: its parameters need the fallback."""
 
     def __init__(self, tap: Tap) -> None:
-        super().__init__(f"{type(tap.module).__name__} is not called once with the sequences first")
+        super().__init__(
+            f"the {type(tap.module).__name__} of {', '.join(tap.names.values())} was not called exactly once with the "
+            "batch's sequences first, as when the plan was made; make the plan on this batch: "
+            "verified_plan(objective, batch, partition)"
+        )
         self.tap = tap
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[None]:
+    """Measures, and eagerly: a compiled block would not see the hooks."""
+    with measuring(model, forward_mode=False), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _outputs(objective: Objective, batch: Batch, autocast: torch.dtype | None) -> Tensor:
+    device = next(objective.model.parameters()).device.type
+    with torch.autocast(device, autocast, enabled=autocast is not None):
+        return objective.outputs(batch)
 
 
 def sequence_gradients(
@@ -289,6 +337,7 @@ def sequence_gradients(
     names: Sequence[str],
     cotangents: Sequence[Tensor],
     how: str,
+    autocast: torch.dtype | None = None,
 ) -> list[list[Tensor]]:
     """Returns each sketch's gradients of the named parameters, rounds first, then sequences.
 
@@ -300,20 +349,25 @@ def sequence_gradients(
     found: list[list[list[Tensor]]] = [[] for _ in cotangents]
 
     def pulled(z: Tensor, cotangent: Tensor, keep: bool) -> list[Tensor]:
+        if not z.requires_grad:
+            return [torch.zeros_like(x) for x in inputs]
         grads = torch.autograd.grad(z, inputs, cotangent, retain_graph=keep, allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
-    whole = objective.outputs(batch, leaves) if how == MASKED else None
-    for b in range(count):
-        part = objective.outputs(_slice(batch, b, count), leaves) if whole is None else whole
-        for r, cotangent in enumerate(cotangents):
-            own = cotangent.view(count, -1, cotangent.shape[-1])
-            if whole is None:
-                found[r].append(pulled(part, own[b], r < len(cotangents) - 1))
-            else:
-                masked = torch.zeros_like(own)
-                masked[b] = own[b]
-                found[r].append(pulled(part, masked.view_as(cotangent), True))
+    def passes() -> None:
+        whole = _outputs(objective, batch, autocast) if how == MASKED else None
+        for b in range(count):
+            part = _outputs(objective, _slice(batch, b, count), autocast) if whole is None else whole
+            for r, cotangent in enumerate(cotangents):
+                own = cotangent.view(count, -1, cotangent.shape[-1])
+                if whole is None:
+                    found[r].append(pulled(part, own[b], r < len(cotangents) - 1))
+                else:
+                    masked = torch.zeros_like(own)
+                    masked[b] = own[b]
+                    found[r].append(pulled(part, masked.view_as(cotangent), True))
+
+    with_parameters(objective.model, leaves, passes)
     return [sketch for rounds in found for sketch in rounds]
 
 
@@ -349,7 +403,7 @@ def verified_plan(
     gradients, once; hand the plan to later calls on the same model.
     """
     plan = first_plan(objective, partition)
-    theta = None if parameters is None else partition.unflatten(parameters.detach())
+    theta = _shaken(objective, partition, parameters)
     count, positions = objective.sequence_shape(batch)
     valid = objective.loss_function.valid(objective.targets(batch)).view(count, positions)
     chosen = int(valid.sum(1).argmax())
@@ -362,51 +416,81 @@ def verified_plan(
         return only.view_as(noise)
 
     state = generator.get_state()
+    numbers = {name: i for i, name in enumerate(partition.names)}
     while True:
-        numbers = {name: i for i, tap in enumerate(plan.taps) for name in tap.names.values()}
-        if not plan.taps:
-            stream = None
-            break
         taps_alone = Plan(taps=plan.taps, fallback=())
         stream = Stream(objective, partition, taps_alone, theta=theta, groups=numbers)
         try:
-            generator.set_state(state)
             stream.run([batch], 1, one_sequence)
             break
-        except _NotOneCall as refused:
+        except NotOneCall as refused:
             plan = _without(plan, {id(refused.tap)})
+            generator.set_state(state)
     generator.set_state(state)
-    with measuring(objective.model, forward_mode=False):
-        leaves = objective.leaves(partition, theta)
-        z = objective.outputs(batch, leaves)
-        cotangent = one_sequence(0, z.detach(), objective.targets(batch))
-        grads = torch.autograd.grad(z, list(leaves.values()), cotangent, allow_unused=True)
-        truth = dict(zip(leaves, grads, strict=True))
+    with _watched(objective.model):
+        truth, cotangent = _true_gradients(objective, batch, partition, theta, one_sequence)
         norms = {n: 0.0 if g is None else float(g.double().square().sum()) for n, g in truth.items()}
         wrong = set()
-        for i, tap in enumerate(plan.taps):
-            assert stream is not None and stream.kernel is not None
-            diagonal = stream.kernel[i].diagonal()
+        assert stream.kernel is not None
+        for tap in plan.taps:
+            diagonal = sum(stream.kernel[numbers[name]].diagonal() for name in tap.names.values())
+            assert isinstance(diagonal, Tensor)
             expected = sum(norms[name] for name in tap.names.values())
             others = float(diagonal.sum() - diagonal[chosen])
-            tolerance = 1e-3 * max(expected, 1e-30)
+            # Rounding may be all there is of a gradient that is zero (a key's bias, say).
+            tolerance = 1e-3 * expected + 1e-12 * sum(norms.values())
             if abs(float(diagonal[chosen]) - expected) > tolerance or others > tolerance:
                 wrong.add(id(tap))
         plan = _without(plan, wrong)
         if not plan.fallback:
-            return plan
+            # For what a later batch may add: slower, but it needs no proof.
+            return Plan(taps=plan.taps, fallback=(), how=MASKED)
         try:
             own = sequence_gradients(
                 objective, batch, partition, theta, plan.fallback, [cotangent], ONE_SEQUENCE
             )[chosen]
-            expected = [truth[name] for name in plan.fallback]
-            agree = all(
-                torch.allclose(mine, torch.zeros_like(mine) if g is None else g, rtol=1e-3, atol=1e-6)
-                for mine, g in zip(own, expected, strict=True)
-            )
+            agree = True
+            for mine, name in zip(own, plan.fallback, strict=True):
+                g = truth[name]
+                gap = mine if g is None else mine - g
+                agree &= float(gap.double().square().sum()) <= 1e-6 * norms[name] + 1e-12 * sum(
+                    norms.values()
+                )
         except (RuntimeError, UserError, ValueError, IndexError):
             agree = False
     return Plan(taps=plan.taps, fallback=plan.fallback, how=ONE_SEQUENCE if agree else MASKED)
+
+
+def _shaken(objective: Objective, partition: Partition, parameters: Tensor | None) -> dict[str, Tensor]:
+    """Returns parameters near the given ones where no gradient vanishes (a zero initialisation proves nothing)."""
+    theta = partition.vector(objective.model) if parameters is None else parameters.detach()
+    generator = torch.Generator(theta.device).manual_seed(0)
+    noise = torch.randn(theta.shape, generator=generator, dtype=theta.dtype, device=theta.device)
+    return partition.unflatten(torch.add(theta, noise, alpha=0.01))
+
+
+def _true_gradients(
+    objective: Objective,
+    batch: Batch,
+    partition: Partition,
+    theta: Mapping[str, Tensor],
+    cotangents: Cotangents,
+) -> tuple[dict[str, Tensor | None], Tensor]:
+    """Returns J^T c by parameter, straight from autograd (None where the outputs do not depend on it), and c."""
+    leaves = objective.leaves(partition, theta)
+
+    def once() -> tuple[dict[str, Tensor | None], Tensor]:
+        z = objective.outputs(batch)
+        if not z.requires_grad:
+            raise UserError(
+                f"{type(objective.model).__name__}: its outputs do not depend on any of its {len(leaves)} trainable "
+                "parameters through autograd; look for detach(), no_grad() or an argmax on the way to them"
+            )
+        cotangent = cotangents(0, z.detach(), objective.targets(batch))
+        grads = torch.autograd.grad(z, list(leaves.values()), cotangent, allow_unused=True)
+        return dict(zip(leaves, grads, strict=True)), cotangent
+
+    return with_parameters(objective.model, leaves, once)
 
 
 def _without(plan: Plan, refused: set[int]) -> Plan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from hessprobe.errors import UserError
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.partition import Partition, unwrapped
 
+Result = TypeVar("Result")
 Batch = Any  # (inputs, targets), a Hugging Face mapping with "labels", or whatever forward= and targets= take
 
 
@@ -122,11 +123,17 @@ class Objective:
         loss, gradient = None, None
         with measuring(self.model, forward_mode=False):
             leaves = self.leaves(partition, parameters)
-            for batch in listed:
+
+            def share(batch: Batch) -> tuple[Tensor, Tensor]:
                 z, y = self.outputs(batch, leaves), self.targets(batch)
                 fixed = z.detach()
                 part = self.loss_function.value(fixed, y).detach() / tokens
-                pulled = pull_back(z, leaves, partition.names, self.loss_function.gradient(fixed, y) / tokens)
+                return part, pull_back(
+                    z, leaves, partition.names, self.loss_function.gradient(fixed, y) / tokens
+                )
+
+            for batch in listed:
+                part, pulled = with_parameters(self.model, leaves, lambda batch=batch: share(batch))
                 loss = part if loss is None else loss + part
                 gradient = pulled if gradient is None else gradient.add_(pulled)
         assert loss is not None and gradient is not None
@@ -178,6 +185,23 @@ def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+class _Swapped(nn.Module):
+    """Runs a function while its model's parameters are swapped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Result]) -> Result:
+        return function()
+
+
+def with_parameters(model: nn.Module, leaves: Mapping[str, Tensor], function: Callable[[], Result]) -> Result:
+    """Returns function() with the leaves in the parameters' places, in backward too, where checkpoints recompute."""
+    swapped = {f"model.{name}": leaf for name, leaf in leaves.items()}
+    return torch.func.functional_call(_Swapped(model), swapped, (function,))
 
 
 class _Forward(nn.Module):

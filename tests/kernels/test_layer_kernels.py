@@ -1,0 +1,413 @@
+"""Estimates from kernels: unbiased by z-score over seeds, with errors that cover; refused where the pairs do not exist.
+
+Truths are dense: G_b of every sequence by the oracle. The population is a finite set of sequences, drawn from with
+replacement, so that its G is known exactly as well.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hessprobe.errors import UserError
+from hessprobe.estimation.sampling import Estimate
+from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
+from hessprobe.kernels.stream import MASKED, ONE_SEQUENCE, Plan, verified_plan
+from hessprobe.problem.objective import Objective
+from hessprobe.problem.partition import Partition
+from hessprobe.problem.transformer import Decoder, DecoderConfig
+from tests import oracles
+from tests.models import IGNORED, logcosh, redraw, seeded
+
+VOCABULARY, LENGTH, POPULATION = 6, 5, 48
+SEEDS = 300
+
+
+def decoder() -> nn.Module:
+    """Returns a decoder of one layer in which no sequence's curvature dwarfs the others'."""
+    config = DecoderConfig(
+        layers=1,
+        width=4,
+        feedforward=6,
+        heads=2,
+        vocabulary=VOCABULARY,
+        context=8,
+        norm="rmsnorm",
+        query_key_norm=False,
+    )
+    model = Decoder(config, generator=seeded(0)).double()
+    generator = seeded(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if name == "embedding.weight":
+                parameter.copy_(nn.functional.rms_norm(noise, (4,)))
+            elif parameter.ndim >= 2:
+                parameter.copy_(0.7 * noise / parameter.shape[-1] ** 0.5)
+    return model
+
+
+class World:
+    """A model, a finite population of sequences, and the dense G of each."""
+
+    def __init__(self, ragged: bool) -> None:
+        self.model = decoder()
+        self.objective = Objective(self.model)
+        self.partition = Partition.of(self.model, "layer")
+        self.slices = list(self.partition.slices.values())
+        generator = seeded(77)
+        self.x, self.y = torch.randint(VOCABULARY, (2, POPULATION, LENGTH), generator=generator)
+        if ragged:
+            lengths = torch.randint(1, LENGTH + 1, (POPULATION, 1), generator=generator)
+            self.y = self.y.masked_fill(torch.arange(LENGTH) >= lengths, IGNORED)
+        self.tokens = (self.y != IGNORED).sum(1).double()
+        self.own = torch.stack(
+            [
+                oracles.dense(self.model, [(self.x[b, None], self.y[b, None])], "cross_entropy")
+                .in_order(self.partition.names)
+                .gauss_newton
+                for b in range(POPULATION)
+            ]
+        )
+        self.plan = verified_plan(self.objective, (self.x[:4], self.y[:4]), self.partition)
+
+    def batches(self, chosen: Tensor, *sizes: int) -> list[tuple[Tensor, Tensor]]:
+        parts = chosen.split(list(sizes)) if sizes else [chosen]
+        return [(self.x[part], self.y[part]) for part in parts]
+
+    def measured(self, chosen: Tensor, seed: int, *sizes: int, rounds: int, **options: Any) -> LayerKernels:
+        batches = self.batches(chosen, *sizes)
+        return layer_kernels(
+            self.objective,
+            batches,
+            self.partition,
+            rounds=rounds,
+            generator=seeded(seed),
+            plan=self.plan,
+            **options,
+        )
+
+    def gauss_newton(self, chosen: Tensor) -> Tensor:
+        weights = self.tokens[chosen] / self.tokens[chosen].sum()
+        return torch.einsum("b,bpq->pq", weights, self.own[chosen])
+
+    def pairs(self, chosen: Tensor) -> Tensor:
+        """The U-statistic: the mean over pairs of different sequences, by tokens, of <G_b,ij , G_c,ij>."""
+        weights = torch.outer(self.tokens[chosen], self.tokens[chosen]).fill_diagonal_(0)
+        weights /= weights.sum()
+        g = self.own[chosen]
+        return torch.stack(
+            [
+                torch.stack(
+                    [torch.einsum("bpq,cpq,bc->", g[:, i, j], g[:, i, j], weights) for j in self.slices]
+                )
+                for i in self.slices
+            ]
+        )
+
+    def truth(self, g: Tensor) -> dict[str, Tensor]:
+        fro2 = oracles.block_fro2(g, self.slices)
+        return {
+            "block_norms": fro2,
+            "coupling": oracles.coupling(g, self.slices),
+            "off_block_energy": 1 - fro2.trace() / fro2.sum(),
+            "trace": torch.stack([g[i, i].trace() for i in self.slices]),
+        }
+
+
+@cache
+def world(ragged: bool) -> World:
+    return World(ragged)
+
+
+def estimates(kernels: LayerKernels, quantity: str) -> dict[str, Estimate]:
+    return {
+        "block_norms": kernels.block_norms(quantity),
+        "coupling": kernels.coupling(quantity),
+        "off_block_energy": kernels.off_block_energy(quantity),
+        "trace": kernels.trace(),
+    }
+
+
+class Trials:
+    """Means and standard errors over seeds, (seeds, ...), without the pairs that symmetry repeats."""
+
+    def __init__(self, found: list[Estimate], truth: Tensor, *, diagonal: bool) -> None:
+        def once(x: Tensor) -> Tensor:
+            rows, columns = torch.triu_indices(x.shape[-1], x.shape[-1], 0 if diagonal else 1)
+            return x[..., rows, columns]
+
+        pick = once if truth.dim() == 2 else lambda x: x
+        self.mean = pick(torch.stack([e.mean for e in found]))
+        self.stderr = pick(torch.stack([e.stderr for e in found]))
+        self.truth = pick(truth)
+
+    @property
+    def z(self) -> Tensor:
+        return (self.mean.mean(0) - self.truth) / (self.mean.std(0) / len(self.mean) ** 0.5)
+
+    @property
+    def bias(self) -> Tensor:
+        return (self.mean.mean(0) - self.truth) / self.truth
+
+    def coverage(self, errors: float) -> Tensor:
+        return ((self.mean - self.truth).abs() < errors * self.stderr).double().mean(0)
+
+    @property
+    def honesty(self) -> Tensor:
+        """Root mean square of the stated errors over the actual spread: above 1 is cautious."""
+        return self.stderr.square().mean(0).sqrt() / self.mean.std(0)
+
+
+@cache
+def batch_trials(ragged: bool) -> dict[str, Trials]:
+    """One batch of 16 sequences in two micro-batches, fresh cotangents at every seed."""
+    here, chosen = world(ragged), torch.arange(16)
+    found = [estimates(here.measured(chosen, seed, 10, 6, rounds=3), "batch") for seed in range(SEEDS)]
+    truth = here.truth(here.gauss_newton(chosen))
+    return {n: Trials([f[n] for f in found], truth[n], diagonal=n != "coupling") for n in truth}
+
+
+@cache
+def population_trials(ragged: bool) -> dict[str, Trials]:
+    """Fresh sequences and fresh cotangents at every seed."""
+    here, found = world(ragged), []
+    for seed in range(SEEDS):
+        chosen = torch.randint(POPULATION, (24,), generator=seeded(10**6 + seed))
+        found.append(estimates(here.measured(chosen, seed, rounds=1), "population"))
+    truth = here.truth(here.gauss_newton(torch.arange(POPULATION)))
+    return {n: Trials([f[n] for f in found], truth[n], diagonal=n != "coupling") for n in truth}
+
+
+# -- unbiased, and with honest errors ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["block_norms", "coupling", "off_block_energy", "trace"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
+def test_batch_quantities_are_unbiased(ragged, name):
+    z = batch_trials(ragged)[name].z
+    assert z.abs().max() < 3.5, z
+
+
+@pytest.mark.parametrize("name", ["block_norms", "coupling", "off_block_energy", "trace"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
+def test_population_quantities_are_unbiased(ragged, name):
+    z = population_trials(ragged)[name].z
+    assert z.abs().max() < 3.5, z
+
+
+@pytest.mark.parametrize("name", ["block_norms", "coupling", "off_block_energy", "trace"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
+def test_population_errors_are_honest(ragged, name):
+    """As large as the spread; estimates as skewed as a square's cover a little less than a normal's 0.68 and 0.95."""
+    trials = population_trials(ragged)[name]
+    assert (trials.honesty > 0.8).all() and (trials.honesty < 1.5).all(), trials.honesty
+    assert (trials.coverage(1) > 0.55).all(), trials.coverage(1)
+    assert (trials.coverage(2) > 0.78).all(), trials.coverage(2)
+    assert trials.coverage(2).median() > 0.85, trials.coverage(2)
+
+
+@pytest.mark.parametrize("name", ["block_norms", "coupling", "off_block_energy", "trace"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
+def test_batch_errors_are_honest_or_cautious(ragged, name):
+    trials = batch_trials(ragged)[name]
+    assert (trials.honesty > 0.85).all(), trials.honesty
+    assert (trials.coverage(1) > 0.6).all(), trials.coverage(1)
+    assert (trials.coverage(2) > 0.86).all(), trials.coverage(2)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("kind", ["sampled", "sign"])
+def test_population_norms_of_one_batch_are_its_pairs_of_different_sequences(kind, rounds):
+    """Given the sequences, ragged ones too: what the cotangents leave is the U-statistic."""
+    here, chosen = world(True), torch.arange(12)
+    found = [
+        here.measured(chosen, seed, 5, 7, rounds=rounds, cotangent=kind).block_norms()
+        for seed in range(SEEDS)
+    ]
+    assert Trials(found, here.pairs(chosen), diagonal=True).z.abs().max() < 3.5
+
+
+def test_trace_over_a_thousand_seeds():
+    here, chosen = world(True), torch.arange(8)
+    found = [here.measured(chosen, seed, rounds=1).trace() for seed in range(1000)]
+    z = Trials(found, here.truth(here.gauss_newton(chosen))["trace"], diagonal=True).z
+    assert z.abs().max() < 3, z
+
+
+@pytest.mark.parametrize("plan", [ONE_SEQUENCE, MASKED])
+def test_the_fallback_gives_the_same_estimates(plan):
+    here, chosen = world(True), torch.arange(6)
+    fast = here.measured(chosen, 3, 2, 4, rounds=2)
+    slow = layer_kernels(
+        here.objective,
+        here.batches(chosen, 2, 4),
+        here.partition,
+        rounds=2,
+        generator=seeded(3),
+        plan=Plan(taps=(), fallback=here.partition.names, how=plan),
+    )
+    assert torch.allclose(fast.kernel, slow.kernel, rtol=1e-11, atol=1e-15)
+    for quantity in ("population", "batch"):
+        for name, one in estimates(fast, quantity).items():
+            assert torch.allclose(one.mean, estimates(slow, quantity)[name].mean, rtol=1e-9, atol=1e-12)
+
+
+# -- identities --------------------------------------------------------------------------------------------
+
+
+def test_what_is_returned():
+    here, chosen = world(True), torch.arange(5)
+    along = torch.randn(here.partition.size, generator=seeded(1), dtype=torch.float64)
+    kernels = here.measured(chosen, 0, 2, 3, rounds=2, along={"v": along})
+    assert kernels.blocks == here.partition.blocks and kernels.rounds == 2
+    assert kernels.kernel.shape == (3, 10, 10) and kernels.kernel.dtype == torch.float64
+    assert kernels.sequence.tolist() == [0, 1, 0, 1, 2, 3, 4, 2, 3, 4]
+    assert kernels.round.tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert kernels.tokens.tolist() == here.tokens[chosen].tolist()
+    assert kernels.alignment["v"].shape == (3, 10)
+    norms = torch.stack([along[i].square().sum() for i in here.slices])
+    assert torch.allclose(kernels.norm2["v"], norms)
+    assert kernels.coupling().mean.diagonal().sub(1).abs().max() < 1e-9
+    assert (kernels.eigenvalues().diff() <= 0).all()
+    assert torch.allclose(kernels.eigenvalues().sum(), kernels.trace().mean.sum())
+    rank = kernels.effective_rank()
+    assert torch.allclose(rank, kernels.trace().mean.square() / kernels.block_norms().mean.diagonal())
+
+
+def test_curvature_along_a_vector_from_alignments_is_unbiased():
+    """E sum_m w_m a_i[m] a_j[m] = v_i . G_ij v_j: directions are judged without a further pass."""
+    here, chosen = world(True), torch.arange(8)
+    along = torch.randn(here.partition.size, generator=seeded(1), dtype=torch.float64)
+    g = here.gauss_newton(chosen)
+    truth = torch.stack(
+        [torch.stack([along[i] @ g[i, j] @ along[j] for j in here.slices]) for i in here.slices]
+    )
+    found = []
+    for seed in range(SEEDS):
+        k = here.measured(chosen, seed, rounds=1, along={"v": along})
+        a, weight = k.alignment["v"], (k.tokens / k.tokens.sum())[k.sequence]
+        found.append(Estimate(mean=(a * weight) @ a.mT, stderr=torch.ones(3, 3), samples=1))
+    assert Trials(found, truth, diagonal=True).z.abs().max() < 3.5
+
+
+def test_squared_error_and_empirical_fisher():
+    model = redraw(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), seeded(1))
+    x, y = torch.randn(2, 6, 3, generator=seeded(2), dtype=torch.float64)
+    batch = (x, y[:, :2].contiguous())
+    objective, partition = Objective(model, loss="squared_error"), Partition.of(model, "parameter")
+    slices = list(partition.slices.values())
+    truth = oracles.dense(model, [batch], "squared_error").in_order(partition.names).gauss_newton
+    plan = verified_plan(objective, batch, partition)
+    for kind in ("sampled", "sign"):
+        found = [
+            layer_kernels(
+                objective, batch, partition, rounds=2, generator=seeded(s), cotangent=kind, plan=plan
+            ).block_norms("batch")
+            for s in range(SEEDS)
+        ]
+        assert Trials(found, oracles.block_fro2(truth, slices), diagonal=True).z.abs().max() < 3.5
+    fisher = layer_kernels(
+        objective, batch, partition, rounds=1, generator=seeded(0), cotangent="empirical", plan=plan
+    )
+    own = torch.stack(
+        [objective.gradient((batch[0][b : b + 1], batch[1][b : b + 1]), partition)[1] for b in range(6)]
+    )
+    wanted = torch.stack([own[:, i] @ own[:, i].mT for i in slices])
+    assert fisher.cotangent == "empirical" and torch.allclose(fisher.kernel, wanted, rtol=1e-11)
+
+
+def test_autocast_agrees_within_its_precision():
+    here = world(False)
+    model = decoder().float()
+    objective = Objective(model)
+    batch = (here.x[:16], here.y[:16])
+    plan = verified_plan(objective, batch, here.partition)
+
+    def measured(autocast: torch.dtype | None) -> LayerKernels:
+        # Signs: a sampled label may fall on another class where the logits are a little different.
+        return layer_kernels(
+            objective,
+            batch,
+            here.partition,
+            rounds=2,
+            generator=seeded(1),
+            plan=plan,
+            autocast=autocast,
+            cotangent="sign",
+        )
+
+    fine, coarse = measured(None), measured(torch.bfloat16)
+    gap = (fine.kernel - coarse.kernel).flatten(1).norm(dim=1) / fine.kernel.flatten(1).norm(dim=1)
+    assert (gap < 0.05).all() and (gap > 1e-5).all(), gap
+    assert torch.allclose(fine.trace().mean, coarse.trace().mean, rtol=0.05)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------
+
+
+def test_one_sequence_has_no_population():
+    here = world(False)
+    kernels = here.measured(torch.arange(1), 0, rounds=2)
+    for attempt in (kernels.block_norms, kernels.coupling, kernels.off_block_energy):
+        with pytest.raises(
+            UserError, match="1 sequence: the population quantity .* at least 2; measure with"
+        ):
+            attempt()
+
+
+def test_two_sequences_have_no_population_error():
+    with pytest.raises(UserError, match="2 sequences: .* use 3 or more"):
+        world(False).measured(torch.arange(2), 0, rounds=2).block_norms()
+
+
+def test_one_round_has_no_batch_quantity():
+    with pytest.raises(UserError, match="rounds 1: the batch quantity .* use quantity='population', or more"):
+        world(False).measured(torch.arange(4), 0, rounds=1).block_norms("batch")
+
+
+def test_no_round_and_unknown_names_are_refused():
+    here = world(False)
+    with pytest.raises(UserError, match="rounds 0: layer kernels need at least 1"):
+        here.measured(torch.arange(4), 0, rounds=0)
+    with pytest.raises(UserError, match="no quantity named 'bach'. Did you mean 'batch'"):
+        here.measured(torch.arange(4), 0, rounds=2).block_norms("bach")
+    with pytest.raises(UserError, match="no cotangent named"):
+        here.measured(torch.arange(4), 0, rounds=2, cotangent="labels")
+
+
+def test_batches_without_targets_and_other_losses_are_refused():
+    here = world(False)
+    nothing = (here.x[:3], torch.full((3, LENGTH), IGNORED))
+    with pytest.raises(UserError, match="no token carries a target"):
+        layer_kernels(here.objective, nothing, here.partition, generator=seeded(0))
+    model = redraw(nn.Linear(3, 2), seeded(0))
+    objective, batch = Objective(model, loss=logcosh), (torch.ones(3, 3).double(), torch.ones(3, 2).double())
+    with pytest.raises(UserError, match=r"got logcosh: use block_norms\(GaussNewton"):
+        layer_kernels(objective, batch, Partition.of(model, "parameter"), generator=seeded(0))
+
+
+def test_a_sequence_without_targets_weighs_nothing():
+    here = world(True)
+    x, y = here.x[:5], here.y[:5].clone()
+    y[2] = IGNORED
+    kept = torch.tensor([0, 1, 3, 4])
+    kernels = layer_kernels(
+        here.objective, (x, y), here.partition, rounds=2, generator=seeded(0), plan=here.plan
+    )
+    assert kernels.tokens[2] == 0 and kernels.kernel[:, kernels.sequence == 2].abs().max() == 0
+    mine = kernels.sequence != 2
+    without = LayerKernels(
+        blocks=kernels.blocks,
+        kernel=kernels.kernel[:, mine][:, :, mine],
+        sequence=torch.searchsorted(kept, kernels.sequence[mine]),
+        round=kernels.round[mine],
+        tokens=kernels.tokens[kept],
+    )
+    for quantity in ("population", "batch"):
+        mean = kernels.block_norms(quantity).mean
+        assert torch.allclose(mean, without.block_norms(quantity).mean, rtol=1e-10)
