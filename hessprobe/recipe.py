@@ -77,7 +77,7 @@ class OptimizerRecipe(_Section):
 class TrainingRecipe(_Section):
     """How long, and how often to look and to save."""
 
-    steps: Positive = 20
+    steps: Positive = 18
     evaluate_every: Positive = 1
     checkpoint_every: Positive = 1
     threads: int = Field(default=0, ge=0, description="torch CPU threads; 0 leaves torch's own choice")
@@ -89,6 +89,7 @@ class CrossLayerRecipe(_Section):
     method: "kernels" (every pair of layers from `rounds` backward passes) or "products" (the reference estimator,
     layers x samples Gauss-Newton products). quantity: "population" or "batch", see LayerKernels.block_norms.
     matrix: whose blocks; the Hessian and the residual H - G have no kernel form, so they take products.
+    damping: mu of jacobi_radius.
     coupling_error: rounds are doubled until the mean standard error of the coupling is below, or max_rounds reached.
     """
 
@@ -100,6 +101,7 @@ class CrossLayerRecipe(_Section):
     quantity: Literal["population", "batch"] = "population"
     samples: int = Field(default=8, ge=2)
     matrix: Literal["gauss_newton", "hessian", "residual"] = "gauss_newton"
+    damping: float = Field(default=0.1, gt=0)
     coupling_error: float | None = Field(default=None, gt=0)
     max_rounds: Positive = 8
 

@@ -286,5 +286,7 @@ def test_a_run_is_not_resumed_on_another_text(hessprobe, small, tmp_path):
 
 
 def test_a_vocabulary_smaller_than_the_texts_leaves_no_run_behind(hessprobe, small):
-    refused(hessprobe("train", *small, "--set=model.vocabulary=100", "--out=run"), "outside the vocabulary of 100")
+    refused(
+        hessprobe("train", *small, "--set=model.vocabulary=100", "--out=run"), "outside the vocabulary of 100"
+    )
     assert not Path("run").exists()

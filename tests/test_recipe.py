@@ -71,7 +71,7 @@ def test_differences_name_the_value_and_both_sides():
     changed = build_recipe({}, ["optimizer.learning_rate=0.05", "training.steps=7"])
     assert differences(Recipe(), changed) == [
         "optimizer.learning_rate: None -> 0.05",
-        "training.steps: 20 -> 7",
+        "training.steps: 18 -> 7",
     ]
 
 

@@ -108,7 +108,7 @@ def dual_pass(
             def outputs(own: dict[str, Tensor]) -> Tensor:
                 return objective.outputs(batch, {**duals, **own})
 
-            dual, pull_back = torch.func.vjp(outputs, {name: duals[name] for name in wanted})
+            dual, pull_back, *_ = torch.func.vjp(outputs, {name: duals[name] for name in wanted})
             z, jv = forward_ad.unpack_dual(dual)
             jv = torch.zeros_like(z) if jv is None else jv
 

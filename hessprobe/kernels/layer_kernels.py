@@ -18,8 +18,10 @@ from torch import Tensor
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.estimation.block_norms import coupling_of, off_block_energy_of
 from hessprobe.estimation.sampling import Estimate
+from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.sketches import draw_cotangent
-from hessprobe.kernels.stream import DEFAULT_MEMORY, Plan, Stream, verified_plan
+from hessprobe.kernels.stream import DEFAULT_MEMORY, Stream
+from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 

@@ -7,54 +7,22 @@ are differentiated one sequence at a time. Which way each took is known, and eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
-from hessprobe.kernels.features import FastPath, Piece, fast_path_of, prefers_tokens, token_gram
-from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
+from hessprobe.kernels.features import FastPath, Piece, prefers_tokens, token_gram
+from hessprobe.kernels.plan import NotOneCall, Plan, Tap, without
+from hessprobe.kernels.sequence_gradients import outputs_of, sequence_gradients, watched
+from hessprobe.problem.objective import Batch, Objective, with_parameters
 from hessprobe.problem.partition import Partition
 
 DEFAULT_MEMORY = 2**31
-ONE_SEQUENCE, MASKED = "one sequence at a time", "whole batch, one sequence's loss at a time"
 # (micro-batch's number, outputs (n, c), targets) -> cotangents (n, c), each token's scaled to its sequence.
 Cotangents = Callable[[int, Tensor, Tensor], Tensor]
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tap:
-    """A module whose parameters' per-sequence gradients come from its inputs and its outputs' gradients."""
-
-    module: nn.Module
-    path: FastPath
-    names: Mapping[str, str]  # the parameter's name in the module -> in the model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which parameters are measured which way.
-
-    Attributes:
-        taps: fast paths.
-        fallback: parameters differentiated sequence by sequence.
-        how: ONE_SEQUENCE or MASKED, the fallback's way.
-    """
-
-    taps: tuple[Tap, ...]
-    fallback: tuple[str, ...]
-    how: str = ONE_SEQUENCE
-
-    @property
-    def routes(self) -> dict[str, str]:
-        """The way of each parameter, by name."""
-        fast = {name: tap.path.name for tap in self.taps for name in tap.names.values()}
-        return {**fast, **{name: self.how for name in self.fallback}}
 
 
 @dataclass(kw_only=True)
@@ -63,26 +31,6 @@ class Held:
 
     inputs: list[Tensor] = field(default_factory=list)
     gradients: list[list[Tensor]] = field(default_factory=list)
-
-
-def first_plan(objective: Objective, partition: Partition) -> Plan:
-    """Returns the plan by types alone: every module with a fast path whose parameters are its own."""
-    model = objective.model
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
-    names = {id(p): name for name, p in model.named_parameters()}
-    taps, covered = [], set()
-    for module in model.modules():
-        own = {n: p for n, p in module.named_parameters(recurse=False) if names.get(id(p)) in partition.names}
-        path = fast_path_of(module)
-        if own and path is not None and all(users[id(p)] == 1 for p in own.values()):
-            found = {n: names[id(p)] for n, p in own.items()}
-            taps.append(Tap(module=module, path=path, names=found))
-            covered.update(found.values())
-    rest = tuple(name for name in partition.names if name not in covered)
-    return Plan(taps=tuple(taps), fallback=rest)
 
 
 class Stream:
@@ -137,7 +85,7 @@ class Stream:
                 if self.plan.fallback:
                     drawn.append(found)
 
-        with _watched(self.objective.model):
+        with watched(self.objective.model):
             leaves = self.objective.leaves(self.partition, self.theta, ())
             with_parameters(self.objective.model, leaves, passes)
             if self.plan.fallback:
@@ -152,7 +100,7 @@ class Stream:
             try:
                 return self.run(batches, rounds, cotangents)
             except NotOneCall as refused:
-                self.plan = _without(self.plan, {id(refused.tap)})
+                self.plan = without(self.plan, {id(refused.tap)})
                 generator.set_state(state)
 
     def _pass(
@@ -205,7 +153,7 @@ class Stream:
 
         handles = [tap.module.register_forward_hook(tapped(tap)) for tap in self.plan.taps]
         try:
-            z = _outputs(self.objective, batch, self.autocast)
+            z = outputs_of(self.objective, batch, self.autocast)
             for tap in self.plan.taps:
                 if calls[id(tap)] == 0:
                     raise NotOneCall(tap)
@@ -304,86 +252,6 @@ class Stream:
             self._add_piece(name, [Piece(rows=flat, pick=lambda t: t.reshape(-1))])
 
 
-class NotOneCall(UserError):
-    """A tap's module was not called once, with the sequences first: its parameters need the fallback."""
-
-    def __init__(self, tap: Tap) -> None:
-        super().__init__(
-            f"the {type(tap.module).__name__} of {', '.join(tap.names.values())} was not called exactly once with the "
-            "batch's sequences first, as when the plan was made; make the plan on this batch: "
-            "verified_plan(objective, batch, partition)"
-        )
-        self.tap = tap
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[None]:
-    """Measures, and eagerly: a compiled block would not see the hooks."""
-    with measuring(model, forward_mode=False), torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _outputs(objective: Objective, batch: Batch, autocast: torch.dtype | None) -> Tensor:
-    device = next(objective.model.parameters()).device.type
-    with torch.autocast(device, autocast, enabled=autocast is not None):
-        return objective.outputs(batch)
-
-
-def sequence_gradients(
-    objective: Objective,
-    batch: Batch,
-    partition: Partition,
-    theta: Mapping[str, Tensor] | None,
-    names: Sequence[str],
-    cotangents: Sequence[Tensor],
-    how: str,
-    autocast: torch.dtype | None = None,
-) -> list[list[Tensor]]:
-    """Returns each sketch's gradients of the named parameters, rounds first, then sequences.
-
-    Cost: about a gradient a round one sequence at a time; a gradient a sketch where the whole batch must run.
-    """
-    count, _ = objective.sequence_shape(batch)
-    leaves = objective.leaves(partition, theta, names)
-    inputs = [leaves[name] for name in names]
-    found: list[list[list[Tensor]]] = [[] for _ in cotangents]
-
-    def pulled(z: Tensor, cotangent: Tensor, keep: bool) -> list[Tensor]:
-        if not z.requires_grad:
-            return [torch.zeros_like(x) for x in inputs]
-        grads = torch.autograd.grad(z, inputs, cotangent, retain_graph=keep, allow_unused=True)
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
-
-    def passes() -> None:
-        whole = _outputs(objective, batch, autocast) if how == MASKED else None
-        for b in range(count):
-            part = _outputs(objective, _slice(batch, b, count), autocast) if whole is None else whole
-            for r, cotangent in enumerate(cotangents):
-                own = cotangent.view(count, -1, cotangent.shape[-1])
-                if whole is None:
-                    found[r].append(pulled(part, own[b], r < len(cotangents) - 1))
-                else:
-                    masked = torch.zeros_like(own)
-                    masked[b] = own[b]
-                    found[r].append(pulled(part, masked.view_as(cotangent), True))
-
-    with_parameters(objective.model, leaves, passes)
-    return [sketch for rounds in found for sketch in rounds]
-
-
-def _slice(batch: Batch, b: int, count: int) -> Batch:
-    """Returns sequence b of a batch: of every tensor in it whose first dimension counts the sequences."""
-
-    def cut(x: object) -> object:
-        return x[b : b + 1] if isinstance(x, Tensor) and x.dim() and x.shape[0] == count else x
-
-    if isinstance(batch, Mapping):
-        return {key: cut(value) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(cut(x) for x in batch)
-    raise UserError(f"cannot take single sequences from a batch of type {type(batch).__name__}")
-
-
 def _positions(x: Tensor, path: FastPath, embedding: bool = False) -> Tensor:
     """Returns (b, s, d) from (b, ..., d); convolutions keep their shape; tokens get a last dimension of 1."""
     if not path.flat:
@@ -391,109 +259,3 @@ def _positions(x: Tensor, path: FastPath, embedding: bool = False) -> Tensor:
     if embedding:
         return x.reshape(x.shape[0], -1, 1)
     return x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() > 2 else x.reshape(x.shape[0], 1, -1)
-
-
-def verified_plan(
-    objective: Objective, batch: Batch, partition: Partition, parameters: Tensor | None = None
-) -> Plan:
-    """Returns a plan in which every fast path has shown one sequence's true gradient, and no other sequence's.
-
-    The loss of a single sequence is pulled back through the taps and by autograd: each tap's diagonal entry of K must
-    be its parameters' squared gradient norm, and zero for every other sequence. What fails falls back. Cost: about 2
-    gradients, once; hand the plan to later calls on the same model.
-    """
-    plan = first_plan(objective, partition)
-    theta = _shaken(objective, partition, parameters)
-    count, positions = objective.sequence_shape(batch)
-    valid = objective.loss_function.valid(objective.targets(batch)).view(count, positions)
-    chosen = int(valid.sum(1).argmax())
-    generator = torch.Generator().manual_seed(0)
-
-    def one_sequence(number: int, z: Tensor, targets: Tensor) -> Tensor:
-        noise = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-        only = torch.zeros_like(noise).view(count, positions, -1)
-        only[chosen] = noise.view(count, positions, -1)[chosen] * valid[chosen, :, None]
-        return only.view_as(noise)
-
-    state = generator.get_state()
-    numbers = {name: i for i, name in enumerate(partition.names)}
-    while True:
-        taps_alone = Plan(taps=plan.taps, fallback=())
-        stream = Stream(objective, partition, taps_alone, theta=theta, groups=numbers)
-        try:
-            stream.run([batch], 1, one_sequence)
-            break
-        except NotOneCall as refused:
-            plan = _without(plan, {id(refused.tap)})
-            generator.set_state(state)
-    generator.set_state(state)
-    with _watched(objective.model):
-        truth, cotangent = _true_gradients(objective, batch, partition, theta, one_sequence)
-        norms = {n: 0.0 if g is None else float(g.double().square().sum()) for n, g in truth.items()}
-        wrong = set()
-        assert stream.kernel is not None
-        for tap in plan.taps:
-            diagonal = sum(stream.kernel[numbers[name]].diagonal() for name in tap.names.values())
-            assert isinstance(diagonal, Tensor)
-            expected = sum(norms[name] for name in tap.names.values())
-            others = float(diagonal.sum() - diagonal[chosen])
-            # Rounding may be all there is of a gradient that is zero (a key's bias, say).
-            tolerance = 1e-3 * expected + 1e-12 * sum(norms.values())
-            if abs(float(diagonal[chosen]) - expected) > tolerance or others > tolerance:
-                wrong.add(id(tap))
-        plan = _without(plan, wrong)
-        if not plan.fallback:
-            # For what a later batch may add: slower, but it needs no proof.
-            return Plan(taps=plan.taps, fallback=(), how=MASKED)
-        try:
-            own = sequence_gradients(
-                objective, batch, partition, theta, plan.fallback, [cotangent], ONE_SEQUENCE
-            )[chosen]
-            agree = True
-            for mine, name in zip(own, plan.fallback, strict=True):
-                g = truth[name]
-                gap = mine if g is None else mine - g
-                agree &= float(gap.double().square().sum()) <= 1e-6 * norms[name] + 1e-12 * sum(
-                    norms.values()
-                )
-        except (RuntimeError, UserError, ValueError, IndexError):
-            agree = False
-    return Plan(taps=plan.taps, fallback=plan.fallback, how=ONE_SEQUENCE if agree else MASKED)
-
-
-def _shaken(objective: Objective, partition: Partition, parameters: Tensor | None) -> dict[str, Tensor]:
-    """Returns parameters near the given ones where no gradient vanishes (a zero initialisation proves nothing)."""
-    theta = partition.vector(objective.model) if parameters is None else parameters.detach()
-    generator = torch.Generator(theta.device).manual_seed(0)
-    noise = torch.randn(theta.shape, generator=generator, dtype=theta.dtype, device=theta.device)
-    return partition.unflatten(torch.add(theta, noise, alpha=0.01))
-
-
-def _true_gradients(
-    objective: Objective,
-    batch: Batch,
-    partition: Partition,
-    theta: Mapping[str, Tensor],
-    cotangents: Cotangents,
-) -> tuple[dict[str, Tensor | None], Tensor]:
-    """Returns J^T c by parameter, straight from autograd (None where the outputs do not depend on it), and c."""
-    leaves = objective.leaves(partition, theta)
-
-    def once() -> tuple[dict[str, Tensor | None], Tensor]:
-        z = objective.outputs(batch)
-        if not z.requires_grad:
-            raise UserError(
-                f"{type(objective.model).__name__}: its outputs do not depend on any of its {len(leaves)} trainable "
-                "parameters through autograd; look for detach(), no_grad() or an argmax on the way to them"
-            )
-        cotangent = cotangents(0, z.detach(), objective.targets(batch))
-        grads = torch.autograd.grad(z, list(leaves.values()), cotangent, allow_unused=True)
-        return dict(zip(leaves, grads, strict=True)), cotangent
-
-    return with_parameters(objective.model, leaves, once)
-
-
-def _without(plan: Plan, refused: set[int]) -> Plan:
-    dropped = [name for tap in plan.taps if id(tap) in refused for name in tap.names.values()]
-    kept = tuple(tap for tap in plan.taps if id(tap) not in refused)
-    return Plan(taps=kept, fallback=(*plan.fallback, *dropped), how=plan.how)

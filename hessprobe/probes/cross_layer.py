@@ -23,7 +23,8 @@ from hessprobe.estimation.block_norms import (
 )
 from hessprobe.estimation.sampling import Estimate
 from hessprobe.kernels.layer_kernels import layer_kernels
-from hessprobe.kernels.stream import Plan, verified_plan
+from hessprobe.kernels.plan import Plan
+from hessprobe.kernels.verification import verified_plan
 from hessprobe.probes.cross_layer_table import DIRECTIONS, cross_layer_table, sketches
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
@@ -67,7 +68,7 @@ class CrossLayerProbe(Probe):
             "loss": loss,
             "tokens": objective.tokens(batches),
             "sequences": self.sequences,
-            "damping": 0.0,
+            "damping": self.recipe.damping if self.recipe.uses_kernels else 0.0,
             "symmetry_gap": symmetry_gap(operator, generator=snapshot.generator(f"{self.name}/symmetry")),
             "gradient_equivalents": self.cost(partition) + again * 2 / 3,
         }
@@ -121,6 +122,8 @@ class CrossLayerProbe(Probe):
             "kernel": self._padded(found.kernel, 2),
             "alignment": self._padded(alignment, 1),
             "sequence_tokens": self._padded(found.tokens[found.sequence].double(), 1),
+            "jacobi_radius": found.jacobi_radius(self.recipe.damping, cross_fit=False),
+            "jacobi_radius_held_out": found.jacobi_radius(self.recipe.damping, cross_fit="direction"),
             "rounds": rounds,
             "coupling_error": error,
             "rounds_again": again,

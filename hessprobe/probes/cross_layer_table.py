@@ -97,6 +97,20 @@ def _sketch_variables() -> tuple[Variable, ...]:
             estimator="counted",
         ),
         Variable(
+            name="jacobi_radius",
+            dims=("step",),
+            units="1",
+            long_name="largest eigenvalue of (D + mu)^-1 (G + mu): layerwise steps overshoot by up to this",
+            estimator="from the sketches' kernels: rather too high for few sketches",
+        ),
+        Variable(
+            name="jacobi_radius_held_out",
+            dims=("step",),
+            units="1",
+            long_name="jacobi_radius along a direction found on one half of the sequences, judged on the other",
+            estimator="from the sketches' kernels, both ways averaged: rather too low",
+        ),
+        Variable(
             name="rounds",
             dims=("step",),
             units="sketches per sequence",

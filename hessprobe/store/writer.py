@@ -76,6 +76,11 @@ class RunWriter:
             raise
         return writer
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The run's attributes as they stand on disk."""
+        return find_log(self.folder)[1]
+
     def add_table(self, table: Table, steps: Sequence[int] | None) -> None:
         """Lays out a table for `steps`, or one that grows if they are not known (None).
 

@@ -17,7 +17,6 @@ from hessprobe.problem.corpus import Corpus
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.recipe import Recipe
-from hessprobe.store.log import find_log
 from hessprobe.store.writer import RunWriter
 
 RECIPE_FILE = "recipe.toml"
@@ -79,14 +78,14 @@ def start_log(
         UserError: a folder that cannot be written, or that holds a run already.
     """
     if resume:
-        _, stored = find_log(folder)
-        before, now = json.loads(stored["data"]).get("sha256"), corpus.fingerprint["sha256"]
+        writer = RunWriter.reopen(folder)
+        before, now = json.loads(writer.attributes["data"]).get("sha256"), corpus.fingerprint["sha256"]
         if before != now:
+            writer.close()
             raise UserError(
                 f"--resume: the text at {recipe.data.source!r} is not what {folder} was trained on (sha256 {before} "
                 f"then, {now} now): put it back, or start a new run with another --out"
             )
-        writer = RunWriter.reopen(folder)
     else:
         writer = RunWriter.create(folder, run_attributes(recipe, folder, device, corpus, partition))
     try:

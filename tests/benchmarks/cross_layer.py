@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hessprobe.estimation.block_norms import coupling_of
 from hessprobe.estimation.sampling import rademacher
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
-from hessprobe.kernels.stream import verified_plan
+from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import Decoder, DecoderConfig
@@ -75,7 +75,12 @@ class Problem:
     def kernels(self, partition: Partition, rounds: int, seed: int, plan: object) -> LayerKernels:
         generator = torch.Generator().manual_seed(seed)
         return layer_kernels(
-            self.objective, self.batch, partition, rounds=rounds, generator=generator, plan=plan  # pyright: ignore[reportArgumentType]
+            self.objective,
+            self.batch,
+            partition,
+            rounds=rounds,
+            generator=generator,
+            plan=plan,  # pyright: ignore[reportArgumentType]
         )
 
 
@@ -113,7 +118,9 @@ def to_target(rounds: int) -> None:
     model, batch = problem.model, problem.batch
     parameters = dict(model.named_parameters())
     size = Partition.of(model).size
-    print(f"\n{size:,} parameters, {problem.line}: gradients until the coupling's mean absolute error is {TARGET}")
+    print(
+        f"\n{size:,} parameters, {problem.line}: gradients until the coupling's mean absolute error is {TARGET}"
+    )
     print(f"  {'blocks':>6} {'rounds':>7} {'kernels':>9} {'probes':>7} {'curvlinops':>11} {'ratio':>7}")
     finest = Partition.of(model, blocks(86))
     plan = verified_plan(problem.objective, batch, finest)
@@ -121,7 +128,9 @@ def to_target(rounds: int) -> None:
     for count in (6, 14, 26, 86):
         partition = Partition.of(model, blocks(count))
         assert len(partition) == count
-        truth = coupling_of(sum(k.block_norms("batch").mean for k in merged(truth_kernels, finest, count)) / 32)  # pyright: ignore[reportArgumentType]
+        truth = coupling_of(
+            sum(k.block_norms("batch").mean for k in merged(truth_kernels, finest, count)) / 32
+        )  # pyright: ignore[reportArgumentType]
         own = [parameters[name] for name in partition.names]
         peer = GGNLinearOperator(
             FlatLogits(model), nn.CrossEntropyLoss(), own, [(batch[0], batch[1].flatten())],

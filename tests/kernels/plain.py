@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessprobe.kernels.stream import MASKED, ONE_SEQUENCE, Plan, Stream, first_plan
+from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, Plan, first_plan
+from hessprobe.kernels.stream import Stream
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hessprobe.errors import UserError
 from hessprobe.kernels.layer_kernels import layer_kernels
-from hessprobe.kernels.stream import MASKED, ONE_SEQUENCE, verified_plan
+from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE
+from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests.kernels.plain import Given, blocks_of, kernel_of, relative, rows_of, streamed

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hessprobe.kernels import features, stream
 from hessprobe.kernels.features import fast_path_of, prefers_tokens, token_gram
-from hessprobe.kernels.stream import MASKED, ONE_SEQUENCE, first_plan
+from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, first_plan
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import RMSNorm

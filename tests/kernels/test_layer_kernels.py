@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hessprobe.errors import UserError
 from hessprobe.estimation.sampling import Estimate
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
-from hessprobe.kernels.stream import MASKED, ONE_SEQUENCE, Plan, verified_plan
+from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, Plan
+from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import Decoder, DecoderConfig

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hessprobe.errors import UserError
 from hessprobe.kernels.layer_kernels import layer_kernels
-from hessprobe.kernels.stream import MASKED, ONE_SEQUENCE, Plan, Stream, first_plan, verified_plan
+from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, Plan, first_plan
+from hessprobe.kernels.stream import Stream
+from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import Decoder, DecoderConfig

@@ -157,10 +157,16 @@ def test_unknown_names_fall_back_to_the_module_tree_and_say_so():
 def test_the_summary_counts_parameters_by_the_way_they_were_measured():
     model = named("wte.weight", "h.1.attn.weight", "h.1.attn.bias", "lm_head.weight")
     partition = Partition.of(model)
-    routes = {"wte.weight": "embedding", "h.1.attn.weight": "linear", "h.1.attn.bias": "one sequence at a time"}
+    routes = {
+        "wte.weight": "embedding",
+        "h.1.attn.weight": "linear",
+        "h.1.attn.bias": "one sequence at a time",
+    }
     plain, lines = partition.summary().splitlines(), partition.summary(routes).splitlines()
     sizes = {slot.name: slot.stop - slot.start for slot in partition.slots}
-    ways = [f"{way} {sizes[name]}" for name, way in routes.items()] + [f"not measured {sizes['lm_head.weight']}"]
+    ways = [f"{way} {sizes[name]}" for name, way in routes.items()] + [
+        f"not measured {sizes['lm_head.weight']}"
+    ]
     shown = [ways[0], ", ".join(ways[1:3]), ways[3], ", ".join(ways)]
     assert lines == [f"{a}  {b}" for a, b in zip(plain, shown, strict=True)]
 
