@@ -17,7 +17,7 @@ from hessprobe.errors import UserError, unknown_name
 from hessprobe.problem.objective import Batch, Objective, measuring
 from hessprobe.problem.partition import Partition
 
-DEFAULT_MEMORY = 2**30
+DEFAULT_MEMORY = 2**29
 
 
 class ModelOperator(CurvatureOperator):
