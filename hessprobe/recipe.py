@@ -89,7 +89,7 @@ class CrossLayerRecipe(_Section):
     method: "kernels" (every pair of layers from `rounds` backward passes) or "products" (the reference estimator,
     layers x samples Gauss-Newton products). quantity: "population" or "batch", see LayerKernels.block_norms.
     matrix: whose blocks; the Hessian and the residual H - G have no kernel form, so they take products.
-    damping: mu of jacobi_radius.
+    jacobi_damping: mu of jacobi_radius.
     coupling_error: rounds are doubled until the mean standard error of the coupling is below, or max_rounds reached.
     """
 
@@ -101,7 +101,7 @@ class CrossLayerRecipe(_Section):
     quantity: Literal["population", "batch"] = "population"
     samples: int = Field(default=8, ge=2)
     matrix: Literal["gauss_newton", "hessian", "residual"] = "gauss_newton"
-    damping: float = Field(default=0.1, gt=0)
+    jacobi_damping: float = Field(default=0.1, gt=0)
     coupling_error: float | None = Field(default=None, gt=0)
     max_rounds: Positive = 8
 

@@ -68,7 +68,7 @@ class CrossLayerProbe(Probe):
             "loss": loss,
             "tokens": objective.tokens(batches),
             "sequences": self.sequences,
-            "damping": self.recipe.damping if self.recipe.uses_kernels else 0.0,
+            "damping": 0.0,  # of G itself; jacobi_radius has its own, an attribute of the table
             "symmetry_gap": symmetry_gap(operator, generator=snapshot.generator(f"{self.name}/symmetry")),
             "gradient_equivalents": self.cost(partition) + again * 2 / 3,
         }
@@ -122,8 +122,8 @@ class CrossLayerProbe(Probe):
             "kernel": self._padded(found.kernel, 2),
             "alignment": self._padded(alignment, 1),
             "sequence_tokens": self._padded(found.tokens[found.sequence].double(), 1),
-            "jacobi_radius": found.jacobi_radius(self.recipe.damping, cross_fit=False),
-            "jacobi_radius_held_out": found.jacobi_radius(self.recipe.damping, cross_fit="direction"),
+            "jacobi_radius": found.jacobi_radius(self.recipe.jacobi_damping, cross_fit=False),
+            "jacobi_radius_held_out": found.jacobi_radius(self.recipe.jacobi_damping, cross_fit="direction"),
             "rounds": rounds,
             "coupling_error": error,
             "rounds_again": again,

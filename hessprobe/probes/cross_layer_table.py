@@ -48,6 +48,7 @@ def _attributes(recipe: CrossLayerRecipe) -> dict[str, object]:
         "matrix": recipe.matrix,
         "cotangent": recipe.cotangent,
         "quantity": recipe.quantity,
+        "jacobi_damping": recipe.jacobi_damping,
         "coupling_error_wanted": recipe.coupling_error,
         "sketch_sequence": [s % recipe.sequences for s in sketches(recipe)],
         "sketch_round": [s // recipe.sequences for s in sketches(recipe)],

@@ -113,7 +113,7 @@ def one_round(rounds: int) -> None:
         print(f"  {name:<10} time {seconds[name] / unit:5.2f}   peak memory {memory[name] / base:5.2f}")
 
 
-def to_target(rounds: int) -> None:
+def to_target(rounds: int, counts: tuple[int, ...] = (6, 14, 26, 86)) -> None:
     """(b): gradients until the coupling is known to 0.05."""
     problem = Problem(layers=12, width=64, sequences=8, length=64)
     model, batch = problem.model, problem.batch
@@ -126,7 +126,7 @@ def to_target(rounds: int) -> None:
     finest = Partition.of(model, blocks(86))
     plan = verified_plan(problem.objective, batch, finest)
     truth_kernels = [problem.kernels(finest, 8, 1000 + seed, plan) for seed in range(16)]
-    for count in (6, 14, 26, 86):
+    for count in counts:
         partition = Partition.of(model, blocks(count))
         assert len(partition) == count
         truth = coupling_of(
