@@ -95,3 +95,18 @@ def test_help_and_a_slip_answer_without_a_traceback(tmp_path):
     assert slip.returncode == 2
     assert "Traceback" not in slip.stderr and "trian" in slip.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_readmes_example_of_reading_a_log_runs(trained, monkeypatch, capsys):
+    folder, _ = trained
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    example = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
+    blocks = list(
+        xr.open_zarr(folder / "runs/nano/log.zarr", group="cross_layer", consolidated=False)["block"].values
+    )
+    # The tiny run has fewer layers than the default one: the first and the last stand in for the README's pair.
+    example = example.replace("block.1", blocks[0]).replace("block.2", blocks[-1])
+    monkeypatch.chdir(folder)
+    exec(compile(example, "README.md", "exec"), {})
+    value, stderr = (float(word) for word in capsys.readouterr().out.split(" +- "))
+    assert -1 < value < 2 and stderr > 0
