@@ -118,9 +118,8 @@ class ModelOperator(CurvatureOperator):
             except torch.OutOfMemoryError:
                 if chunk == 1:
                     raise
-                self.memory = (
-                    chunk // 2 * self.bytes_per_row
-                )  # the bound was too hopeful: half the rows at once
+                # The bound was too hopeful: half the rows at once.
+                self.memory = chunk // 2 * self.bytes_per_row
             else:
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
 

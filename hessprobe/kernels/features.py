@@ -50,7 +50,7 @@ def channel_bias(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketch
     yield Piece(rows=g.flatten(2).sum(2), pick=_all)
 
 
-def linear(module: nn.Linear, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+def linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
     """nn.Linear: a (b, s, in), g (b, s, out); weight rows in slices that keep a piece of all sketches small."""
     width = max(1, PIECE // (sketches * a.shape[-1]))
     for start in range(0, g.shape[-1], width):
@@ -61,11 +61,7 @@ def linear(module: nn.Linear, a: Tensor, g: Tensor, shared: object, sketches: in
 
 def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
     """transformers' Conv1D, a linear layer with its weight (in, out)."""
-    width = max(1, PIECE // (sketches * g.shape[-1]))
-    for start in range(0, a.shape[-1], width):
-        part = slice(start, start + width)
-        rows = torch.bmm(a[..., part].mT, g).flatten(1)
-        yield Piece(rows=rows, pick=lambda w, part=part: w[part].reshape(-1))
+    yield from linear(module, g, a, shared, sketches)
 
 
 def embedding(module: nn.Embedding, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:

@@ -60,11 +60,11 @@ class LayerKernels:
         return int(self.round.max()) + 1
 
     def block_norms(self, quantity: str = "population") -> Estimate:
-        """Returns ||G_ij||_F^2 (l, l), unbiased, its error by jackknife over sequences.
+        """Returns ||G_ij||_F^2 (l, l), unbiased, its error by jackknife.
 
         Args:
             quantity: "population" estimates the norm of the expected G over sequences like these, from pairs of
-                different sequences; "batch" that of this batch's own G (its error, over sequences, is then cautious).
+                different sequences, its error over sequences; "batch" that of this batch's own G, its error over rounds.
 
         Raises:
             UserError: one sequence only (population), or one round only (batch): the pairs needed do not exist.

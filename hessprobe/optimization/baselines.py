@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.optimization.inner_solver import FirstOrder, hidden_matrices
@@ -76,7 +75,9 @@ class FirstOrderOptimizer:
             losses.append(float(loss))
             if not math.isfinite(losses[-1]):
                 break
-            found = self.solver.step(self._named(gradient), factor * self.learning_rate, self.clip)
+            found = self.solver.step(
+                self.partition.unflatten(gradient), factor * self.learning_rate, self.clip
+            )
             norm = found if i == 0 else norm
         self.outer += 1
         after = self.partition.vector(self.objective.model)
@@ -90,9 +91,6 @@ class FirstOrderOptimizer:
             tokens=self.objective.tokens(batches),
             gradient_equivalents=float(len(batches)),
         )
-
-    def _named(self, gradient: Tensor) -> dict[str, Tensor]:
-        return self.partition.unflatten(gradient)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the clock and the optimizer's state, for a checkpoint."""

@@ -58,13 +58,12 @@ class CrossLayerProbe(Probe):
             if self.recipe.uses_kernels
             else self._by_products(snapshot, operator)
         )
-        slices = partition.slices.values()
         again = norms.pop("rounds_again", 0)
         return {
             **norms,
             "step_curvature": torch.stack([_curvature_along(snapshot, d) for d in directions.values()]),
             "step_slope": torch.stack([_blockwise(gradient * d, partition) for d in directions.values()]),
-            "gradient_norm2": torch.stack([gradient[where].square().sum() for where in slices]),
+            "gradient_norm2": _blockwise(gradient.square(), partition),
             "loss": loss,
             "tokens": objective.tokens(batches),
             "sequences": self.sequences,

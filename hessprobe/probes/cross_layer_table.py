@@ -67,10 +67,7 @@ def _norm_variables(estimator: str) -> tuple[Variable, ...]:
         ("off_block_energy", row, "1", "share of the squared norm outside the diagonal blocks", over),
         ("off_block_energy_stderr", row, "1", "standard error of off_block_energy", "jackknife"),
     )  # fmt: skip
-    return tuple(
-        Variable(name=name, dims=dims, units=units, long_name=long_name, estimator=how)
-        for name, dims, units, long_name, how in entries
-    )
+    return _declared(entries)
 
 
 def _sketch_variables() -> tuple[Variable, ...]:
@@ -135,6 +132,11 @@ def _direction_variables() -> tuple[Variable, ...]:
         ("step_slope", ("step", "direction", "block"), "nats", "g_i . d_i", "exact on the batch"),
         ("gradient_norm2", ("step", "block"), "nats^2", "squared norm of the block's gradient", "exact on the batch"),
     )  # fmt: skip
+    return _declared(entries)
+
+
+def _declared(entries: tuple[tuple[str, tuple[str, ...], str, str, str], ...]) -> tuple[Variable, ...]:
+    """Returns variables from (name, dims, units, long_name, estimator)."""
     return tuple(
         Variable(name=name, dims=dims, units=units, long_name=long_name, estimator=how)
         for name, dims, units, long_name, how in entries
