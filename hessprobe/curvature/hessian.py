@@ -8,8 +8,10 @@ Forward over reverse (Pearlmutter 1994): tangents through the gradient's own pas
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from hessprobe.curvature.model_operator import ModelOperator
@@ -26,6 +28,7 @@ class Hessian(ModelOperator):
     """
 
     ENGINES = ("forward-over-reverse", "reverse-over-reverse")
+    FILLS_CPU = 256  # it keeps more than a Gauss-Newton product does
     _record = False
 
     def _product(self, engine: str, k: int) -> Callable[..., Tensor]:
@@ -35,40 +38,66 @@ class Hessian(ModelOperator):
         try:
             return self._pearlmutter(batch, v, columns, rows)
         except (RuntimeError, NotImplementedError):
-            # Torch's fused backward passes (silu's) have no forward mode; a backward pass that is itself recorded
-            # is made of plain operations, at more memory.
+            # Some of torch's fused backward passes have no forward mode; a backward pass that is itself recorded is
+            # made of plain operations, at more memory.
             if self._record:
                 raise
             self._record = True
             return self._pearlmutter(batch, v, columns, rows)
 
     def _pearlmutter(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
-        wanted, moved = self.names_in(rows), self.names_in(columns)
-        theta = {name: leaf.detach() for name, leaf in self.leaves().items()}
-        record = self._record
-        targets = self.objective.targets(batch)
-        tangents = self.partition.unflatten(v)
-
-        def gradient(moving: dict[str, Tensor]) -> dict[str, Tensor]:
-            point = {**theta, **moving}
-
-            def outputs(own: dict[str, Tensor]) -> Tensor:
-                return self.objective.outputs(batch, {**point, **own})
-
-            z, pull_back, *_ = torch.func.vjp(outputs, {name: point[name] for name in wanted})
-            # The loss's gradient in closed form: differentiating through log-softmax would dominate the cost.
-            cotangent = self.objective.loss_function.gradient(z, targets) / self.tokens
-            return pull_back(cotangent, retain_graph=record, create_graph=record)[0]
-
-        def along(t: dict[str, Tensor]) -> dict[str, Tensor]:
-            return torch.func.jvp(gradient, ({name: theta[name] for name in moved},), (t,))[1]
-
         with torch.no_grad():  # no graph beyond those that vjp keeps for itself
             if v.shape[0] == 1:
-                product = along({name: tangents[name][0] for name in moved})
-            else:
-                product = torch.func.vmap(along)({name: tangents[name] for name in moved})
-        return self.flatten_rows(product, v.shape[0])
+                return self._one_row(batch, v, columns, rows)
+            theta = {name: leaf.detach() for name, leaf in self.leaves(()).items()}
+            moved, tangents = self.names_in(columns), self.partition.unflatten(v)
+
+            def along(t: dict[str, Tensor]) -> dict[str, Tensor]:
+                def gradient(moving: dict[str, Tensor]) -> dict[str, Tensor]:
+                    return self._gradient(batch, {**theta, **moving}, rows)
+
+                return torch.func.jvp(gradient, ({name: theta[name] for name in moved},), (t,))[1]
+
+            product = torch.func.vmap(along)({name: tangents[name] for name in moved})
+            return self.flatten_rows(product, v.shape[0])
+
+    def _one_row(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        product = torch.zeros_like(v)
+        into = self.partition.unflatten(product[0])
+        moved, tangents = self.names_in(columns), self.partition.unflatten(v[0])
+
+        def keep(name: str, gradient: Tensor) -> None:
+            tangent = forward_ad.unpack_dual(gradient).tangent
+            if tangent is not None:
+                into[name].copy_(tangent)
+
+        with forward_ad.dual_level():
+            theta = {
+                name: forward_ad.make_dual(leaf, tangents[name]) if name in moved else leaf
+                for name, leaf in self.leaves(()).items()
+            }
+            self._gradient(batch, theta, rows, keep)
+        return product
+
+    def _gradient(
+        self,
+        batch: Batch,
+        theta: dict[str, Tensor],
+        rows: Blocks,
+        keep: Callable[[str, Tensor], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns the gradient by name; with `keep`, each is handed over as soon as it is there and dropped."""
+
+        def outputs(own: dict[str, Tensor]) -> Tensor:
+            for name, parameter in own.items():
+                if keep is not None:
+                    parameter.register_hook(partial(_handed_over, name, keep))
+            return self.objective.outputs(batch, {**theta, **own})
+
+        z, pull_back, *_ = torch.func.vjp(outputs, {name: theta[name] for name in self.names_in(rows)})
+        # The loss's gradient in closed form: differentiating through log-softmax would dominate the cost.
+        cotangent = self.objective.loss_function.gradient(z, self.objective.targets(batch)) / self.tokens
+        return pull_back(cotangent, retain_graph=self._record, create_graph=self._record)[0]
 
     def _reverse_over_reverse(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         leaves = self.leaves(self.partition.names)
@@ -109,3 +138,9 @@ class Hessian(ModelOperator):
                 }
             )
         return self.flatten_rows({n: torch.stack([s[n] for s in seconds]) for n in wanted}, v.shape[0])
+
+
+def _handed_over(name: str, keep: Callable[[str, Tensor], None], gradient: Tensor) -> Tensor:
+    """Keeps what is wanted of a parameter's gradient and lets go of it: all of them at once are two more vectors."""
+    keep(name, gradient)
+    return gradient.new_zeros(()).expand(gradient.shape)

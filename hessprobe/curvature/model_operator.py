@@ -6,6 +6,7 @@ activation checkpointing, an in-place operation under vmap) is dropped at its fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 
@@ -36,6 +37,9 @@ class ModelOperator(CurvatureOperator):
     """
 
     ENGINES: tuple[str, ...] = ()
+    # Positions (tokens) from which half a batch still fills the machine: a batch of twice as many is done in halves,
+    # since a product keeps about twice what a gradient keeps for the way back, and more.
+    FILLS_CPU, FILLS_GPU = 512, 8192
 
     def __init__(
         self,
@@ -65,6 +69,29 @@ class ModelOperator(CurvatureOperator):
         self._engines = list(self.ENGINES) if engine == "auto" else [engine]
         self._batched = True
         self._trusted = False
+        self._cuts: int | None = None
+        self._pieces: list[Batch] | None = None
+
+    @property
+    def pieces(self) -> list[Batch]:
+        """The micro-batches as they are worked on: long ones in halves, finer where memory has run out."""
+        if self._pieces is None:
+            fills = self.FILLS_CPU if self.device.type == "cpu" else self.FILLS_GPU
+            found = []
+            for batch in self.micro_batches:
+                positions = self.objective.targets(batch).shape[0]
+                cuts = self._cuts or (2 if positions >= 2 * fills else 1)
+                found += self.objective.split(batch, cuts)
+            self._pieces = found
+        return self._pieces
+
+    def _cut_finer(self) -> bool:
+        """Halves the pieces; tells whether that was possible."""
+        before = len(self.pieces)
+        self._cuts = 2 * math.ceil(before / len(self.micro_batches))
+        self._pieces = None
+        self.__dict__.pop("bytes_per_row", None)
+        return len(self.pieces) > before
 
     @property
     def engine(self) -> str:
@@ -98,7 +125,7 @@ class ModelOperator(CurvatureOperator):
 
         own = {p.untyped_storage().data_ptr() for p in self.objective.model.parameters()}
         largest = 0
-        for batch in self.micro_batches:
+        for batch in self.pieces:
             seen.clear()
             with measuring(self.objective.model), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
                 z = self.objective.outputs(batch, self.leaves())
@@ -116,10 +143,10 @@ class ModelOperator(CurvatureOperator):
             try:
                 parts = [self._attempt(part, columns, rows) for part in v.split(chunk)]
             except torch.OutOfMemoryError:
-                if chunk == 1:
+                if chunk > 1:  # the bound was too hopeful: half the rows at once
+                    self.memory = chunk // 2 * self.bytes_per_row
+                elif not self._cut_finer():
                     raise
-                # The bound was too hopeful: half the rows at once.
-                self.memory = chunk // 2 * self.bytes_per_row
             else:
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -169,7 +196,7 @@ class ModelOperator(CurvatureOperator):
     ) -> Tensor:
         total: Tensor | None = None
         with measuring(self.objective.model):
-            for batch in self.micro_batches:
+            for batch in self.pieces:
                 part = product(batch, v, columns, rows)
                 total = part if total is None else total.add_(part)
         assert total is not None

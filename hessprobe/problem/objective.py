@@ -5,21 +5,21 @@ Sums over data are weighted by tokens with a target, never by batches: N counts 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessprobe.errors import UserError
+from hessprobe.problem.activations import closed_form_activations
+from hessprobe.problem.batches import Batch, cut, default_forward, default_targets, is_tensor_list
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.partition import Partition, unwrapped
 
 Result = TypeVar("Result")
-Batch = Any  # (inputs, targets), a Hugging Face mapping with "labels", or whatever forward= and targets= take
 
 
 class Objective:
@@ -48,13 +48,14 @@ class Objective:
     ) -> None:
         self.model = unwrapped(model)
         self.loss_function = loss_named(loss, ignore_index)
+        self._splits: bool | None = None if forward is None and targets is None else False
         self._shift = forward is None and targets is None and _is_causal(self.model)
-        self._forward = _Forward(self.model, forward or _default_forward, self._shifts)
-        self._targets = targets or _default_targets
+        self._forward = _Forward(self.model, forward or default_forward, self._shifts)
+        self._targets = targets or default_targets
 
     def micro_batches(self, batches: Batch | list[Batch]) -> list[Batch]:
         """Returns the batches as a list; raises where none of them has a target."""
-        found = batches if isinstance(batches, list) and not _is_tensor_list(batches) else [batches]
+        found = batches if isinstance(batches, list) and not is_tensor_list(batches) else [batches]
         if not found:
             raise UserError("no batch given: wanted a batch or a non-empty list of batches")
         if self.tokens(found) == 0:
@@ -66,7 +67,7 @@ class Objective:
 
     def tokens(self, batches: Batch | list[Batch]) -> int:
         """Returns the number of tokens with a target in a batch or a list of micro-batches."""
-        listed = batches if isinstance(batches, list) and not _is_tensor_list(batches) else [batches]
+        listed = batches if isinstance(batches, list) and not is_tensor_list(batches) else [batches]
         return sum(int(self.loss_function.valid(self.targets(batch)).sum()) for batch in listed)
 
     def targets(self, batch: Batch) -> Tensor:
@@ -86,6 +87,21 @@ class Objective:
         """Returns (b, t): the batch's sequences, the first dimension of its targets, and positions of each."""
         count = self._targets(batch).shape[0]
         return count, self.targets(batch).shape[0] // count
+
+    def split(self, batch: Batch, pieces: int) -> list[Batch]:
+        """Returns the batch as that many batches of its sequences (fewer where it holds fewer), or whole.
+
+        It stays whole where nothing says how to cut it (`forward` or `targets` given, entries of other lengths) and
+        where sequences of one batch see each other: a model's outputs on halves are compared once with the whole's.
+        Cost: two forward passes, once.
+        """
+        found = [batch] if pieces < 2 or self._splits is False else cut(batch, pieces)
+        if len(found) > 1 and self._splits is None:
+            with measuring(self.model, forward_mode=False), torch.no_grad():
+                whole, joined = self.outputs(batch), torch.cat([self.outputs(part) for part in found])
+            gap = (whole - joined).norm() / whole.norm()
+            self._splits = bool(gap <= torch.finfo(whole.dtype).eps ** 0.6)  # rounding's, not another model's
+        return found if self._splits or len(found) == 1 else [batch]
 
     def outputs(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Returns the outputs (n, c) of a batch's tokens at the given parameters (default: the model's own).
@@ -167,7 +183,8 @@ def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
     """Makes the model deterministic and differentiable as often as needed, and puts everything back after.
 
     Dropout and batch statistics off (eval), autocast off, compiled parts eager; with `forward_mode`, attention on
-    its math path, since the fused kernels have neither forward mode nor second derivatives.
+    its math path, since the fused kernels have neither forward mode nor second derivatives, and gelu and silu with
+    their second derivatives in closed form.
     """
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device.type
@@ -177,6 +194,7 @@ def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
         if forward_mode:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(closed_form_activations())
         try:
             # Not model.eval(): a module whose train() is overridden (frozen parts) must keep its own word.
             for module in modes:
@@ -223,44 +241,7 @@ class _Forward(nn.Module):
         return z[:, :-1] if self.shifts(batch) else z
 
 
-def _is_tensor_list(batch: object) -> bool:
-    """Tells a DataLoader's [inputs, targets] from a list of micro-batches."""
-    return isinstance(batch, list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)
-
-
 def _is_causal(model: nn.Module) -> bool:
     """Tells whether a Hugging Face model shifts labels by one itself, as its causal language models do."""
     name = type(model).__name__
     return hasattr(model, "config") and ("ForCausalLM" in name or "LMHead" in name)
-
-
-def _default_forward(model: nn.Module, batch: Batch) -> Tensor:
-    if isinstance(batch, Mapping):
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            inputs["use_cache"] = False
-        found = model(**inputs)
-    else:
-        found = model(batch[0])
-    z = getattr(found, "logits", found)
-    if not isinstance(z, Tensor):
-        raise UserError(
-            f"{type(model).__name__} returned {type(found).__name__}: wanted a tensor of outputs or an object with "
-            ".logits; pass forward=lambda model, batch: ... to pick it out"
-        )
-    return z
-
-
-def _default_targets(batch: Batch) -> Tensor:
-    if isinstance(batch, Mapping):
-        if "labels" not in batch:
-            raise UserError(
-                f"the batch has keys {', '.join(batch)} but no 'labels'; pass targets= to say where they are"
-            )
-        return batch["labels"]
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise UserError(
-            f"wanted a batch (inputs, targets) or a mapping with 'labels', got {type(batch).__name__}; pass forward= "
-            "and targets= to take it apart"
-        )
-    return batch[1]

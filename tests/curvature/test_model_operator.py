@@ -259,3 +259,107 @@ def test_out_of_memory_halves_the_rows_done_together_until_they_fit(zoo_case, mo
     monkeypatch.setattr(operator, "_batched_passes", small_machine)
     torch.testing.assert_close(operator.apply(v), expected, rtol=1e-12, atol=1e-14)
     assert sizes == [6, 3]  # then one at a time, which is another engine
+
+
+@pytest.mark.parametrize("name", sorted(models.ZOO))
+@pytest.mark.parametrize("which", ["gauss_newton", "hessian"])
+def test_batches_done_in_halves_give_the_same_products(
+    zoo_case: Zoo, name: str, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = zoo_case(name)
+    operator, truth = getattr(case, which)(), getattr(case.truth, which)
+    monkeypatch.setattr(type(operator), "FILLS_CPU", 1)
+    rows = case.rows(3)
+    assert len(operator.pieces) > len(operator.micro_batches)
+    for k in (1, 3):
+        assert oracles.relative_error(operator.apply(rows[:k]), rows[:k] @ truth) < EXACT
+
+
+class Crowd(nn.Module):
+    """A sequence that looks at the rest of its batch: halves of a batch are another function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x - x.mean(0))
+
+
+def test_a_batch_whose_sequences_see_each_other_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = models.seeded(3)
+    model, batch = models.redraw(Crowd(), draws), (models.real(draws, 6, 4), models.labels(draws, 4, 6))
+    partition = Partition.of(model, "module")
+    monkeypatch.setattr(GaussNewton, "FILLS_CPU", 1)
+    operator = GaussNewton(Objective(model), [batch], partition)
+    assert operator.pieces == [batch]
+
+
+def test_a_batch_read_by_a_function_of_the_users_stays_whole() -> None:
+    draws = models.seeded(3)
+    model, batch = (
+        models.redraw(nn.Linear(4, 4), draws),
+        (models.real(draws, 6, 4), models.labels(draws, 4, 6)),
+    )
+    objective = Objective(model, forward=lambda model, batch: model(batch[0]))
+    assert objective.split(batch, 2) == [batch]
+    assert [part[0].shape[0] for part in Objective(model).split(batch, 4)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("which", ["gauss_newton", "hessian"])
+def test_out_of_memory_with_one_row_cuts_the_batches_finer(
+    zoo_case: Zoo, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = zoo_case("decoder")
+    operator, truth, sizes = getattr(case, which)(), getattr(case.truth, which), []
+    method = "_dual_pass" if which == "gauss_newton" else "_forward_over_reverse"
+    whole = getattr(operator, method)
+
+    def small_machine(batch, *rest):
+        sizes.append(batch[0].shape[0])
+        if batch[0].shape[0] > 1:
+            raise torch.OutOfMemoryError("no room")
+        return whole(batch, *rest)
+
+    monkeypatch.setattr(operator, method, small_machine)
+    v = case.rows(1)
+    assert oracles.relative_error(operator.apply(v), v @ truth) < EXACT
+    assert sizes[0] > 1 and set(sizes[1:]) >= {1}
+
+
+def test_out_of_memory_with_a_single_sequence_is_raised(
+    zoo_case: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = zoo_case("decoder").gauss_newton()
+
+    def no_machine(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(operator, "_dual_pass", no_machine)
+    with pytest.raises(torch.OutOfMemoryError):
+        operator.apply(torch.zeros(1, operator.size, dtype=torch.float64))
+
+
+def test_a_hessian_product_keeps_no_gradient_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each parameter's gradient is let go of as soon as its tangent is kept: two vectors less at the peak."""
+    draws = models.seeded(3)
+    model, batch = (
+        models.redraw(nn.Linear(4, 4), draws),
+        (models.real(draws, 6, 4), models.labels(draws, 4, 6)),
+    )
+    operator = Hessian(Objective(model), [batch], Partition.of(model, "module"))
+    vjp, kept = torch.func.vjp, []
+
+    def watched(*arguments: Any) -> Any:
+        z, pull_back, *rest = vjp(*arguments)
+
+        def pulled(*cotangent: Tensor, **options: bool) -> Any:
+            found = pull_back(*cotangent, **options)
+            kept.extend(x.untyped_storage().nbytes() for x in found[0].values())
+            return found
+
+        return z, pulled, *rest
+
+    monkeypatch.setattr(torch.func, "vjp", watched)
+    operator.apply(torch.ones(1, operator.size, dtype=torch.float64))
+    assert kept == [8, 8]  # one number each
