@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
+from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
 from hessprobe.problem.partition import Partition
 
@@ -146,7 +147,9 @@ def block_tangents(
         try:
             passes = [dual_outputs(objective, batch, theta, d, names) for names in groups]
             return passes[0][0], torch.stack([jd for _, jd in passes])
-        except (RuntimeError, NotImplementedError):  # the model has no forward mode
+        except (RuntimeError, NotImplementedError) as refusal:  # the model has no forward mode
+            if is_out_of_memory(refusal):
+                raise
             leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
 
             def by_reverse() -> tuple[Tensor, Tensor]:

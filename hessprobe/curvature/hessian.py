@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
+from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, with_parameters
 
 
@@ -37,10 +38,10 @@ class Hessian(ModelOperator):
     def _forward_over_reverse(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         try:
             return self._pearlmutter(batch, v, columns, rows)
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError) as refusal:
             # Some of torch's fused backward passes have no forward mode; a backward pass that is itself recorded is
             # made of plain operations, at more memory.
-            if self._record:
+            if self._record or is_out_of_memory(refusal):
                 raise
             self._record = True
             return self._pearlmutter(batch, v, columns, rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hessprobe.curvature.operator import Blocks, CurvatureOperator
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective, measuring
 from hessprobe.problem.partition import Partition
 
@@ -142,7 +143,9 @@ class ModelOperator(CurvatureOperator):
             chunk = self.rows_at_once(v.shape[0]) if self._batched else 1
             try:
                 parts = [self._attempt(part, columns, rows) for part in v.split(chunk)]
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if chunk > 1:  # the bound was too hopeful: half the rows at once
                     self.memory = chunk // 2 * self.bytes_per_row
                 elif not self._cut_finer():
@@ -157,9 +160,9 @@ class ModelOperator(CurvatureOperator):
             if self.engine != self.ENGINES[0] and not self._trusted:
                 self._check_symmetry()
             return self._over_batches(self._product(self.engine, v.shape[0]), v, columns, rows)
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, NotImplementedError) as refusal:
+            if is_out_of_memory(refusal):
+                raise
             if v.shape[0] > 1:  # perhaps it is vmap that the model does not take
                 self._batched = False
             elif len(self._engines) > 1:

@@ -17,7 +17,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from hessprobe.problem.transformer import NORM_EPSILON, RMSNorm
 
-PIECE = 2**23  # entries of a piece: 32 MiB in float32
+PIECE = 2**23  # entries of a piece of all sketches: 32 MiB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,40 +40,40 @@ def _all(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
-def bias(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+def bias(module: nn.Module, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
     """What is added at every position: g (b, s, out)."""
     yield Piece(rows=g.sum(1), pick=_all)
 
 
-def channel_bias(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+def channel_bias(module: nn.Module, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
     """A convolution's bias: g (b, out, *space)."""
     yield Piece(rows=g.flatten(2).sum(2), pick=_all)
 
 
-def linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
-    """nn.Linear: a (b, s, in), g (b, s, out); weight rows in slices that keep a piece of all sketches small."""
-    width = max(1, PIECE // (sketches * a.shape[-1]))
-    for start in range(0, g.shape[-1], width):
-        part = slice(start, start + width)
+def linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
+    """nn.Linear: a (b, s, in), g (b, s, out); weight rows in slices of at most `width` entries."""
+    rows_at_once = max(1, width // a.shape[-1])
+    for start in range(0, g.shape[-1], rows_at_once):
+        part = slice(start, start + rows_at_once)
         rows = torch.bmm(g[..., part].mT, a).flatten(1)
         yield Piece(rows=rows, pick=lambda w, part=part: w[part].reshape(-1))
 
 
-def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
     """transformers' Conv1D, a linear layer with its weight (in, out)."""
-    yield from linear(module, g, a, shared, sketches)
+    yield from linear(module, g, a, shared, width)
 
 
-def embedding(module: nn.Embedding, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+def embedding(module: nn.Embedding, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
     """nn.Embedding by index: only rows of tokens that occur in the batch exist, `shared` lists them."""
     tokens = shared
     assert isinstance(tokens, Tensor)
     places = torch.searchsorted(tokens, a.squeeze(-1).contiguous())  # (b, s) into the tokens that occur
     if module.padding_idx is not None:
         g = g * (a != module.padding_idx)
-    width = max(1, PIECE // (sketches * len(tokens)))
-    for start in range(0, g.shape[-1], width):
-        part = g[..., start : start + width]
+    columns = max(1, width // len(tokens))
+    for start in range(0, g.shape[-1], columns):
+        part = g[..., start : start + columns]
         rows = part.new_zeros(part.shape[0], len(tokens), part.shape[-1])
         rows.scatter_add_(1, places[..., None].expand_as(part), part)
         stop = start + part.shape[-1]
@@ -83,24 +83,24 @@ def embedding(module: nn.Embedding, a: Tensor, g: Tensor, shared: object, sketch
         )
 
 
-def layer_norm(module: nn.LayerNorm, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+def layer_norm(module: nn.LayerNorm, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
     """nn.LayerNorm over its last dimension."""
     normed = F.layer_norm(a, module.normalized_shape, eps=module.eps)
     yield Piece(rows=(g * normed).sum(1), pick=_all)
 
 
-def rms_norm(module: nn.RMSNorm, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+def rms_norm(module: nn.RMSNorm, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
     """nn.RMSNorm over its last dimension."""
     eps = torch.finfo(a.dtype).eps if module.eps is None else module.eps
     yield Piece(rows=(g * _rms_normed(a, eps)).sum(1), pick=_all)
 
 
-def own_rms_norm(module: RMSNorm, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+def own_rms_norm(module: RMSNorm, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
     """The RMSNorm of hessprobe's decoder."""
     yield Piece(rows=(g * _rms_normed(a, NORM_EPSILON)).sum(1), pick=_all)
 
 
-def foreign_rms_norm(module: nn.Module, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+def foreign_rms_norm(module: nn.Module, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
     """Another library's RMSNorm, scaled by w (Llama, Qwen) or 1 + w (Gemma): the same gradient."""
     yield Piece(rows=(g * _rms_normed(a, _foreign_epsilon(module) or 0.0)).sum(1), pick=_all)
 
@@ -114,7 +114,7 @@ def _rms_normed(a: Tensor, eps: float) -> Tensor:
     return a * torch.rsqrt(a.square().mean(-1, keepdim=True) + eps)
 
 
-def convolution(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor, shared: object, sketches: int) -> Pieces:
+def convolution(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
     """nn.Conv1d and nn.Conv2d: a (b, c, *space), g (b, out, *space'), through the weight's gradient per group."""
     b = a.shape[0]
     spread: Callable[..., Tensor] = conv1d_weight if isinstance(module, nn.Conv1d) else conv2d_weight
@@ -139,7 +139,7 @@ class FastPath:
     Attributes:
         name: what a summary calls it.
         parameters: for each parameter of the module the function that gives its pieces: (module, inputs (b, ...),
-            output gradients (b, ...), the tokens that occur where it is an embedding, number of sketches) -> pieces.
+            output gradients (b, ...), the tokens that occur where it is an embedding, entries of a piece) -> pieces.
         flat: whether positions between the sequence and the last dimension may be flattened into one.
         accepts: whether this module's settings are covered.
     """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,43 @@ from hessprobe.errors import UserError
 from hessprobe.kernels.plan import MASKED
 from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
 from hessprobe.problem.partition import Partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Entries `start` to `stop` of one parameter, flat."""
+
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """How many entries."""
+        return self.stop - self.start
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Returns these entries of a tensor of the parameter's shape."""
+        return tensor.reshape(-1)[self.start : self.stop]
+
+
+def within(entries: int, stretches: Sequence[Stretch], *, least: int) -> tuple[list[Stretch], list[Stretch]]:
+    """Returns the first stretches that have so many entries together at most, and the others.
+
+    Args:
+        least: above 0, something is taken in any case, if need be the first stretch's first `entries`, or `least`.
+    """
+    taken, left = [], list(stretches)
+    while left and left[0].size <= entries:
+        entries -= left[0].size
+        taken.append(left.pop(0))
+    if left and least and not taken:
+        first = left.pop(0)
+        middle = min(first.start + max(least, entries), first.stop)
+        taken.append(Stretch(name=first.name, start=first.start, stop=middle))
+        if middle < first.stop:
+            left.insert(0, Stretch(name=first.name, start=middle, stop=first.stop))
+    return taken, left
 
 
 @contextmanager
@@ -37,47 +75,59 @@ def sequence_gradients(
     cotangents: Sequence[Tensor],
     how: str,
     autocast: torch.dtype | None = None,
-) -> list[list[Tensor]]:
-    """Returns each sketch's gradients of the named parameters, rounds first, then sequences.
+    *,
+    found: Callable[[int, int, Mapping[str, Tensor]], None],
+    among: Sequence[int] | None = None,
+) -> None:
+    """Calls found(round, sequence, gradients by name) for each sketch in turn; none is kept.
+
+    Args:
+        names: the parameters.
+        cotangents: of the whole batch (n, c), one a round.
+        how: ONE_SEQUENCE or MASKED.
+        among: the sequences wanted; default all.
 
     Cost: about a gradient a round one sequence at a time; a gradient a sketch where the whole batch must run.
     """
     count, _ = objective.sequence_shape(batch)
     leaves = objective.leaves(partition, theta, names)
     inputs = [leaves[name] for name in names]
-    found: list[list[list[Tensor]]] = [[] for _ in cotangents]
 
-    def pulled(z: Tensor, cotangent: Tensor, keep: bool) -> list[Tensor]:
-        if not z.requires_grad:
-            return [torch.zeros_like(x) for x in inputs]
-        grads = torch.autograd.grad(z, inputs, cotangent, retain_graph=keep, allow_unused=True)
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
+    def pulled(z: Tensor, cotangent: Tensor, keep: bool) -> dict[str, Tensor]:
+        grads: Sequence[Tensor | None] = [None] * len(inputs)
+        if z.requires_grad:
+            grads = torch.autograd.grad(z, inputs, cotangent, retain_graph=keep, allow_unused=True)
+        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
+        return dict(zip(names, filled, strict=True))
 
     def passes() -> None:
         whole = outputs_of(objective, batch, autocast) if how == MASKED else None
-        for b in range(count):
-            part = outputs_of(objective, _slice(batch, b, count), autocast) if whole is None else whole
+        for b in range(count) if among is None else among:
+            part = outputs_of(objective, cut(batch, b, b + 1, count), autocast) if whole is None else whole
             for r, cotangent in enumerate(cotangents):
                 own = cotangent.view(count, -1, cotangent.shape[-1])
                 if whole is None:
-                    found[r].append(pulled(part, own[b], r < len(cotangents) - 1))
+                    found(r, b, pulled(part, own[b], r < len(cotangents) - 1))
                 else:
                     masked = torch.zeros_like(own)
                     masked[b] = own[b]
-                    found[r].append(pulled(part, masked.view_as(cotangent), True))
+                    found(r, b, pulled(part, masked.view_as(cotangent), True))
 
     with_parameters(objective.model, leaves, passes)
-    return [sketch for rounds in found for sketch in rounds]
 
 
-def _slice(batch: Batch, b: int, count: int) -> Batch:
-    """Returns sequence b of a batch: of every tensor in it whose first dimension counts the sequences."""
+def cut(batch: Batch, start: int, stop: int, count: int) -> Batch:
+    """Returns sequences start to stop of a batch of `count`: of every tensor whose first dimension counts them.
 
-    def cut(x: object) -> object:
-        return x[b : b + 1] if isinstance(x, Tensor) and x.dim() and x.shape[0] == count else x
+    Raises:
+        UserError: a batch that is neither a mapping nor a tuple or list.
+    """
+
+    def part(x: object) -> object:
+        return x[start:stop] if isinstance(x, Tensor) and x.dim() and x.shape[0] == count else x
 
     if isinstance(batch, Mapping):
-        return {key: cut(value) for key, value in batch.items()}
+        return {key: part(value) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return tuple(cut(x) for x in batch)
+        return tuple(part(x) for x in batch)
     raise UserError(f"cannot take single sequences from a batch of type {type(batch).__name__}")

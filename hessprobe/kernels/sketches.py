@@ -7,6 +7,8 @@ itself for squared error. "empirical" takes the data's own labels instead: the e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,36 +31,81 @@ def draw_cotangent(
     Raises:
         UserError: an unknown kind, or a loss whose Hessian has no known root.
     """
+    noise = _draw_noise(kind, loss, (outputs.shape[0], outputs.shape[1]), generator)
+    return _cotangent(kind, loss, outputs, targets, noise)
+
+
+class Draws:
+    """The cotangents of every micro-batch and round: whoever asks again, or for some sequences alone, gets the same.
+
+    Args:
+        kind, loss: as for `draw_cotangent`.
+        tokens: for each micro-batch, the tokens with a target of each of its sequences (b,).
+        generator: first asked for in order, micro-batch by micro-batch and round by round; it is left where that ends.
+    """
+
+    def __init__(
+        self, kind: str, loss: Loss, tokens: Sequence[Tensor], *, generator: torch.Generator
+    ) -> None:
+        self.kind, self.loss, self.tokens, self.generator = kind, loss, tokens, generator
+        self._states: dict[tuple[int, int], Tensor] = {}
+
+    def of(self, number: int, r: int, sequences: slice, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns cotangents (n, c) of these sequences of a micro-batch in round r, over sqrt(tokens of its sequence).
+
+        Args:
+            sequences: which of the micro-batch's sequences the outputs (n, c) and targets belong to.
+        """
+        state = self._states.setdefault((number, r), self.generator.get_state())
+        self.generator.set_state(state)
+        tokens = self.tokens[number]
+        positions = outputs.shape[0] // len(tokens[sequences])
+        # Those of all sequences are drawn, so that what each gets does not depend on its company.
+        shape = (len(tokens) * positions, outputs.shape[1])
+        noise = _draw_noise(self.kind, self.loss, shape, self.generator)
+        if noise is not None:
+            noise = noise.view(len(tokens), positions, -1)[sequences].flatten(0, 1)
+        drawn = _cotangent(self.kind, self.loss, outputs, targets, noise)
+        scale = tokens[sequences].clamp_min(1).sqrt()[:, None, None]
+        return (drawn.view(len(scale), positions, -1) / scale).view_as(drawn)
+
+
+def _draw_noise(kind: str, loss: Loss, shape: tuple[int, int], generator: torch.Generator) -> Tensor | None:
+    """Returns what is random in the cotangents of (n, c) outputs, on the generator's device: (n, 1) or (n, c)."""
     if kind not in COTANGENTS:
         raise unknown_name("cotangent", kind, COTANGENTS)
-    valid = loss.valid(targets)[:, None]
     if kind == "empirical":
-        return loss.gradient(outputs, targets) * valid
-    if loss.name == "squared_error":
-        return _noise(kind, outputs, generator) * valid
-    if loss.name != "cross_entropy":
+        return None
+    if loss.name not in ("cross_entropy", "squared_error"):
         raise UserError(
             f"layer kernels need a loss whose Hessian's root is known (cross_entropy, squared_error), got {loss.name}: "
             "use block_norms(GaussNewton(...)), the reference estimator, which takes any convex loss"
         )
+    device = generator.device
+    if kind == "sign":
+        return torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8)
+    if loss.name == "squared_error":
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
+    return torch.rand(shape[0], 1, generator=generator, device=device, dtype=torch.float64)
+
+
+def _cotangent(kind: str, loss: Loss, outputs: Tensor, targets: Tensor, noise: Tensor | None) -> Tensor:
+    """Returns the cotangent (n, c) that this noise stands for."""
+    valid = loss.valid(targets)[:, None]
+    if noise is None:
+        return loss.gradient(outputs, targets) * valid
+    if kind == "sign":
+        noise = noise.to(outputs.device).to(outputs.dtype) * 2 - 1
+    noise = noise.to(outputs.device, outputs.dtype)
+    if loss.name == "squared_error":
+        return noise * valid
     p = outputs.softmax(-1)
     if kind == "sign":
-        signed_root = p.sqrt() * _noise(kind, outputs, generator)
+        signed_root = p.sqrt() * noise
         # Its covariance is diag(p) - p p^T, since the entries of p sum to 1.
         return (signed_root - p * signed_root.sum(-1, keepdim=True)) * valid
     cumulative = p.cumsum(-1)
-    draws = torch.rand(outputs.shape[0], 1, generator=generator, device=generator.device, dtype=torch.float64)
     # Inverse distribution function; scaled by the last entry, which rounding keeps from being exactly 1.
-    levels = draws.to(outputs.device, outputs.dtype) * cumulative[:, -1:]
+    levels = noise * cumulative[:, -1:]
     labels = torch.searchsorted(cumulative, levels).clamp_max_(outputs.shape[1] - 1)
     return p.scatter_add(1, labels, p.new_full((1, 1), -1.0).expand_as(labels)) * valid
-
-
-def _noise(kind: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    if kind == "sign":
-        signs = torch.randint(
-            0, 2, like.shape, generator=generator, device=generator.device, dtype=torch.int8
-        )
-        return signs.to(like.device).to(like.dtype) * 2 - 1
-    noise = torch.randn(like.shape, generator=generator, device=generator.device, dtype=torch.float64)
-    return noise.to(like.device, like.dtype)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hessprobe.curvature.gauss_newton import GaussNewton, block_tangents
 from hessprobe.curvature.hessian import Hessian
+from hessprobe.curvature.model_operator import DEFAULT_MEMORY as PRODUCTS_MEMORY
 from hessprobe.curvature.operator import CurvatureOperator
+from hessprobe.errors import UserError
 from hessprobe.estimation.block_norms import (
     block_norm_samples,
     coupling_of,
@@ -22,8 +24,9 @@ from hessprobe.estimation.block_norms import (
     symmetry_gap,
 )
 from hessprobe.estimation.sampling import Estimate
-from hessprobe.kernels.layer_kernels import layer_kernels
+from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
+from hessprobe.kernels.stream import DEFAULT_MEMORY as KERNELS_MEMORY
 from hessprobe.kernels.verification import verified_plan
 from hessprobe.probes.cross_layer_table import DIRECTIONS, cross_layer_table, sketches
 from hessprobe.probes.probe import Probe, Row, Snapshot
@@ -42,6 +45,8 @@ class CrossLayerProbe(Probe):
         self.every = recipe.every
         self.sequences = recipe.sequences
         self._plan: Plan | None = None
+        self._division = 1
+        self._memory = (recipe.memory_mib or 0) * 2**20
 
     def table(self, partition: Partition) -> Table:
         return cross_layer_table(self.recipe, partition.blocks)
@@ -53,12 +58,10 @@ class CrossLayerProbe(Probe):
         nowhere = torch.full_like(gradient, torch.nan)
         update = nowhere if snapshot.update is None else snapshot.update
         directions: dict[str, Tensor] = dict(zip(DIRECTIONS, (update, -gradient), strict=True))
-        norms = (
-            self._by_kernels(snapshot, directions)
-            if self.recipe.uses_kernels
-            else self._by_products(snapshot, operator)
-        )
-        again = norms.pop("rounds_again", 0)
+        if self.recipe.uses_kernels:
+            norms, spent = self._by_kernels(snapshot, directions)
+        else:
+            norms, spent = self._by_products(snapshot, operator), None
         return {
             **norms,
             "step_curvature": torch.stack([_curvature_along(snapshot, d) for d in directions.values()]),
@@ -66,15 +69,22 @@ class CrossLayerProbe(Probe):
             "gradient_norm2": _blockwise(gradient.square(), partition),
             "loss": loss,
             "tokens": objective.tokens(batches),
-            "sequences": self.sequences,
+            "sequences": sum(objective.sequence_shape(batch)[0] for batch in batches),
             "damping": 0.0,  # of G itself; jacobi_radius has its own, an attribute of the table
             "symmetry_gap": symmetry_gap(operator, generator=snapshot.generator(f"{self.name}/symmetry")),
-            "gradient_equivalents": self.cost(partition) + again * 2 / 3,
+            "gradient_equivalents": self.cost(partition, spent),
         }
 
-    def cost(self, partition: Partition) -> float:
+    def cost(self, partition: Partition, kernels: float | None = None) -> float:
+        """Returns what one row costs, in gradients of the probe's batch.
+
+        Args:
+            kernels: what the layer kernels of a row took, every attempt's rounds; default: one attempt that fits.
+        """
         layers = len(partition)
-        if self.recipe.uses_kernels:
+        if kernels is not None:
+            norms = kernels
+        elif self.recipe.uses_kernels:
             # Forward, activations' backward and weights' gradients a round; a Gram matrix is m^2 p multiply-adds, where
             # a gradient is 3 p a token.
             norms = (1 + 2 * self.recipe.rounds) / 3
@@ -86,11 +96,12 @@ class CrossLayerProbe(Probe):
         tangents = len(DIRECTIONS) * layers * 2 / 3
         return norms + tangents + 1 + (4 * 2 + 2) / 3  # and the gradient, and the symmetry check
 
-    def _by_kernels(self, snapshot: Snapshot, directions: dict[str, Tensor]) -> dict[str, Any]:
+    def _by_kernels(self, snapshot: Snapshot, directions: dict[str, Tensor]) -> tuple[dict[str, Any], float]:
+        """Returns what the row holds from kernels, and the gradients that they took."""
         objective, partition = snapshot.objective, snapshot.partition
         if self._plan is None:
-            self._plan = verified_plan(objective, snapshot.batches[0], partition, snapshot.parameters)
-        rounds, again = self.recipe.rounds, 0
+            self._plan = verified_plan(objective, snapshot.batches, partition, snapshot.parameters)
+        rounds, spent = self.recipe.rounds, 0.0
         generator = snapshot.generator(self.name)
         while True:
             found = layer_kernels(
@@ -103,7 +114,10 @@ class CrossLayerProbe(Probe):
                 parameters=snapshot.parameters,
                 along=directions,
                 plan=self._plan,
+                division=self._division,
+                memory=self._memory or KERNELS_MEMORY,
             )
+            self._division, spent = found.division, spent + found.gradients
             coupling = found.coupling(self.recipe.quantity)
             off_diagonal = ~torch.eye(len(partition), dtype=torch.bool)
             error = float(coupling.stderr[off_diagonal].mean()) if len(partition) > 1 else 0.0
@@ -112,33 +126,47 @@ class CrossLayerProbe(Probe):
                 break
             # Fresh sketches each time: an error that was small by luck must not be kept because it was small.
             rounds = min(2 * rounds, self.recipe.most_rounds)
-            again += rounds
-        quantity = self.recipe.quantity
-        norms = _estimates(found.block_norms(quantity), coupling, found.off_block_energy(quantity))
+        quantity, place = self.recipe.quantity, self._places(found)
         alignment = torch.stack([found.alignment[name] for name in DIRECTIONS])
-        return {
-            **norms,
-            "kernel": self._padded(found.kernel, 2),
-            "alignment": self._padded(alignment, 1),
-            "sequence_tokens": self._padded(found.tokens[found.sequence].double(), 1),
+        row = {
+            **_estimates(found.block_norms(quantity), coupling, found.off_block_energy(quantity)),
+            "kernel": self._placed(found.kernel, place, 2),
+            "alignment": self._placed(alignment, place, 1),
+            "sequence_tokens": self._placed(found.tokens[found.sequence].double(), place, 1),
             "jacobi_radius": found.jacobi_radius(self.recipe.jacobi_damping, cross_fit=False),
             "jacobi_radius_held_out": found.jacobi_radius(self.recipe.jacobi_damping, cross_fit="direction"),
             "rounds": rounds,
             "coupling_error": error,
-            "rounds_again": again,
         }
+        return row, spent
 
-    def _padded(self, x: Tensor, dims: int) -> Tensor:
-        """Returns x with its last dimensions filled up with NaN to the most sketches a row can have."""
-        missing = len(sketches(self.recipe)) - x.shape[-1]
-        return torch.nn.functional.pad(x, (0, missing) * dims, value=torch.nan)
+    def _places(self, found: LayerKernels) -> Tensor:
+        """Returns where in the table each sketch belongs (m,), however the batch came in micro-batches.
+
+        Raises:
+            UserError: more sequences than the table was laid out for.
+        """
+        if len(found.tokens) > self.sequences:
+            raise UserError(
+                f"cross_layer: {len(found.tokens)} sequences in this batch, and the table was laid out for "
+                f"{self.sequences}; measure with at most as many, or set cross_layer.sequences={len(found.tokens)}"
+            )
+        return found.round * self.sequences + found.sequence
+
+    def _placed(self, x: Tensor, place: Tensor, dims: int) -> Tensor:
+        """Returns x with its last dimensions spread over the table's sketches, NaN where this row has none."""
+        for dim in range(x.dim() - dims, x.dim()):
+            shape = (*x.shape[:dim], len(sketches(self.recipe)), *x.shape[dim + 1 :])
+            x = x.new_full(shape, torch.nan).index_copy(dim, place, x)
+        return x
 
     def _matrix(self, snapshot: Snapshot) -> CurvatureOperator:
         objective, batches, partition = snapshot.objective, snapshot.batches, snapshot.partition
-        gauss_newton = GaussNewton(objective, batches, partition, parameters=snapshot.parameters)
+        given: dict[str, Any] = {"parameters": snapshot.parameters, "memory": self._memory or PRODUCTS_MEMORY}
+        gauss_newton = GaussNewton(objective, batches, partition, **given)
         if self.recipe.matrix == "gauss_newton":
             return gauss_newton
-        hessian = Hessian(objective, batches, partition, parameters=snapshot.parameters)
+        hessian = Hessian(objective, batches, partition, **given)
         return hessian if self.recipe.matrix == "hessian" else hessian - gauss_newton
 
     def _by_products(self, snapshot: Snapshot, operator: CurvatureOperator) -> dict[str, Any]:

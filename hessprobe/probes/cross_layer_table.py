@@ -30,7 +30,7 @@ def cross_layer_table(recipe: CrossLayerRecipe, blocks: tuple[str, ...]) -> Tabl
 
 
 def sketches(recipe: CrossLayerRecipe) -> list[int]:
-    """Returns the numbers of all sketches a row can hold, rounds one after another."""
+    """Returns the numbers of all sketches a row can hold: sequence by sequence, rounds one after another."""
     return list(range(recipe.sequences * recipe.most_rounds))
 
 
@@ -61,7 +61,7 @@ def _norm_variables(estimator: str) -> tuple[Variable, ...]:
     spread = "spread over probes, or jackknife over sequences"
     entries = (
         ("fro2", pair, "nats^2", "squared Frobenius norm of the matrix's block", estimator),
-        ("fro2_stderr", pair, "nats^2", "standard error of fro2", spread),
+        ("fro2_stderr", pair, "nats^2", "standard error of fro2; intervals: fro2 exp(+- 2 fro2_stderr / fro2)", spread),
         ("coupling", pair, "1", "fro2[i,j] / sqrt(fro2[i,i] fro2[j,j])", over),
         ("coupling_stderr", pair, "1", "standard error of coupling", "jackknife"),
         ("off_block_energy", row, "1", "share of the squared norm outside the diagonal blocks", over),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessprobe.kernels.grams import Grams
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, Plan, first_plan
 from hessprobe.kernels.stream import Stream
 from hessprobe.problem.objective import Objective
@@ -25,12 +26,9 @@ class Given:
             [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(rounds)]
             for shape in shapes
         ]
-        self.asked = [0] * len(shapes)
 
-    def __call__(self, number: int, outputs: Tensor, targets: Tensor) -> Tensor:
-        mine = self.drawn[number][self.asked[number] % len(self.drawn[number])]
-        self.asked[number] += 1
-        return mine.to(outputs).view_as(outputs)
+    def __call__(self, number: int, r: int, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.drawn[number][r].to(outputs).view_as(outputs)
 
 
 def default_outputs(model: nn.Module, batch: Any) -> Tensor:
@@ -83,8 +81,8 @@ def streamed(
     cotangents: Given,
     plan: Plan | str | None = None,
     **options: Any,
-) -> Stream:
-    """Returns the stream after its passes; plan "fast" takes every fast path unchecked, a fallback's name all of it."""
+) -> Grams:
+    """Returns what a stream gathers; plan "fast" takes every fast path unchecked, a fallback's name all of it."""
     if plan is None or plan == "fast":
         plan = first_plan(objective, partition)
     elif isinstance(plan, str):
@@ -92,9 +90,7 @@ def streamed(
         plan = Plan(taps=(), fallback=partition.names, how=plan)
     theta = options.pop("theta", None)
     stream = Stream(objective, partition, plan, theta=theta, **options)
-    cotangents.asked = [0] * len(cotangents.asked)
-    stream.run(batches, len(cotangents.drawn[0]), cotangents)
-    return stream
+    return stream.run(batches, len(cotangents.drawn[0]), cotangents)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:

@@ -314,7 +314,6 @@ def test_kernels_equal_plain_autograd(name):
     rows = rows_of(found.model, found.batches, cotangents.drawn, partition.names, found.outputs)
     truth = kernel_of(blocks_of(rows, partition), partition)
     stream = streamed(objective, found.batches, partition, cotangents, plan)
-    assert stream.kernel is not None
     assert relative(stream.kernel, truth) < found.tolerance
 
 
@@ -353,7 +352,6 @@ def test_a_sequence_that_cannot_be_taken_alone_is_measured_in_the_whole_batch():
     cotangents = Given([(3, 5, VOCABULARY)], 2)
     rows = rows_of(model, [(x, y)], cotangents.drawn, partition.names)
     stream = streamed(objective, [Opaque()], partition, cotangents, plan)
-    assert stream.kernel is not None
     assert relative(stream.kernel, kernel_of(blocks_of(rows, partition), partition)) < 1e-10
 
 

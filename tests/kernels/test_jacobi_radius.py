@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError
-from hessprobe.kernels import layer_kernels as module
+from hessprobe.kernels import jacobi
 from hessprobe.kernels.layer_kernels import LayerKernels
 from tests.models import seeded
 from tests.oracles import block_diagonal
@@ -57,7 +57,7 @@ def along_held_out(built: Tensor, held: Tensor) -> float:
 @pytest.mark.parametrize("limit", [512, 0], ids=["dense", "lanczos"])
 @pytest.mark.parametrize("sequences", [2, 5])
 def test_equals_dense_algebra_on_the_same_sketches(monkeypatch, sequences, limit):
-    monkeypatch.setattr(module, "DENSE_SKETCHES", limit)
+    monkeypatch.setattr(jacobi, "DENSE_SKETCHES", limit)
     kernels, w = drawn(sequences)
     even = kernels.sequence % 2 == 0
     first, second = gauss_newton(kernels, w, even), gauss_newton(kernels, w, ~even)

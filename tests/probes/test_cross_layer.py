@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -10,14 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import Tensor
 
+from hessprobe.analysis.sketches import sketches_of
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
+from hessprobe.errors import UserError
+from hessprobe.kernels import layer_kernels as layer_kernels_module
+from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.probes import cross_layer
 from hessprobe.probes.cross_layer import DIRECTIONS, CrossLayerProbe
 from hessprobe.probes.probe import Row, Snapshot
 from hessprobe.recipe import CrossLayerRecipe
+from hessprobe.store.writer import RunWriter
+from hessprobe.training.recorder import ProbeRecorder
 from tests import oracles
 from tests.cases import SEED, Case
 from tests.models import ZOO, labels, seeded
@@ -241,3 +249,198 @@ def test_without_an_update_that_direction_is_not_a_number_and_the_other_is(metho
     for name in ("step_curvature", "step_slope", *(["alignment"] if method == "kernels" else [])):
         assert torch.isnan(row[name][0]).all()
         assert torch.isfinite(row[name][1]).all()
+
+
+# -- sketches in the table ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("laid_out", [6, 8])
+@pytest.mark.parametrize("error", [None, 1e-9], ids=["fixed rounds", "rounds until an error"])
+def test_each_sketch_stands_where_the_table_says_however_the_batch_is_divided(laid_out, error):
+    """Two micro-batches of 4 and 2: sequence and round of a sketch are the table's attributes, or it is empty."""
+    case = sequences()
+    instrument = CrossLayerProbe(
+        CrossLayerRecipe(sequences=laid_out, rounds=2, max_rounds=4, coupling_error=error, cotangent="sign")
+    )
+    attributes = instrument.table(case.partition).attributes
+    row = instrument.measure(snapshot_of(case))
+    generator = snapshot_of(case).generator("cross_layer")
+    options: dict[str, Any] = {"cotangent": "sign", "generator": generator}
+    found = layer_kernels(case.objective, list(case.problem.batches), case.partition, rounds=2, **options)
+    if error is not None:
+        found = layer_kernels(case.objective, list(case.problem.batches), case.partition, rounds=4, **options)
+    sequence, of_round = torch.tensor(attributes["sketch_sequence"]), torch.tensor(attributes["sketch_round"])
+    there = (sequence < 6) & (of_round < found.rounds)
+    assert torch.equal(row["sequence_tokens"].isfinite(), there)
+    assert torch.equal(row["sequence_tokens"][there], found.tokens[sequence[there]].double())
+    where = [
+        int(torch.nonzero((found.sequence == b) & (found.round == r)))
+        for b, r in zip(sequence[there].tolist(), of_round[there].tolist(), strict=True)
+    ]
+    torch.testing.assert_close(row["kernel"][:, there][:, :, there], found.kernel[:, where][:, :, where])
+    assert row["kernel"][:, ~there].isnan().all() and row["kernel"][:, :, ~there].isnan().all()
+    assert row["alignment"][1][:, there].isfinite().all() and row["alignment"][:, :, ~there].isnan().all()
+    assert row["sequences"] == 6
+
+
+def test_the_table_can_be_read_back_as_sketches():
+    """What the analysis takes for a sequence is one: its kernels give the row's own block norms again."""
+    case = sequences()
+    instrument = CrossLayerProbe(CrossLayerRecipe(sequences=7, rounds=2, quantity="batch"))
+    row, table = instrument.measure(snapshot_of(case)), instrument.table(case.partition)
+    dims = {v.name: v.dims[1:] for v in table.variables}
+    names = ("kernel", "alignment", "sequence_tokens", "gradient_norm2")
+    stored = xr.Dataset(
+        {name: (dims[name], row[name].numpy()) for name in names}, attrs=dict(table.attributes)
+    )
+    stored = stored.assign_coords({name: table.coordinates[name] for name in ("block", "direction")})
+    read = sketches_of(stored)
+    again = LayerKernels(
+        blocks=read.blocks,
+        kernel=torch.from_numpy(read.kernel),
+        sequence=torch.from_numpy(read.sequence),
+        round=torch.from_numpy(read.round),
+        tokens=torch.from_numpy(read.tokens),
+    )
+    torch.testing.assert_close(again.block_norms("batch").mean, row["fro2"], rtol=1e-10, atol=0)
+    torch.testing.assert_close(again.coupling("batch").stderr, row["coupling_stderr"], rtol=1e-8, atol=1e-12)
+
+
+def test_more_sequences_than_the_table_holds_are_refused():
+    case = sequences()
+    with pytest.raises(
+        UserError, match=r"6 sequences in this batch, .* laid out for 5; .* cross_layer.sequences=6"
+    ):
+        CrossLayerProbe(CrossLayerRecipe(sequences=5)).measure(snapshot_of(case))
+
+
+# -- what a row costs --------------------------------------------------------------------------------------
+
+
+def test_a_row_counts_the_rounds_it_really_took():
+    case = sequences()
+    options: dict[str, Any] = {"sequences": 6, "rounds": 1, "max_rounds": 4}
+    once, until = CrossLayerRecipe(**options), CrossLayerRecipe(**options, coupling_error=1e-9)
+    one, four = (CrossLayerProbe(recipe).measure(snapshot_of(case)) for recipe in (once, until))
+    # 1, then 2, then 4 rounds, each with a forward pass; the tied embedding goes sequence by sequence beside.
+    extra = sum(2 * (1 + 2 * rounds) / 3 for rounds in (2, 4))
+    assert four["rounds"] == 4 and one["rounds"] == 1
+    assert four["gradient_equivalents"] - one["gradient_equivalents"] == pytest.approx(extra)
+    assert "rounds_again" not in four
+
+
+def test_an_attempt_that_fits_costs_what_was_foreseen():
+    """Every parameter of this decoder has a fast path."""
+    problem = ZOO["decoder"](seeded(SEED))
+    x = torch.randint(4, (5, 3), generator=seeded(1))
+    case = Case.on(problem._replace(batches=[(x, x)]), "layer")
+    instrument = probe(case, "kernels", rounds=3)
+    row = instrument.measure(snapshot_of(case))
+    assert row["gradient_equivalents"] == pytest.approx(instrument.cost(case.partition))
+
+
+def test_pairs_are_summed_once_a_row(monkeypatch):
+    calls: list[str] = []
+    real = layer_kernels_module.pair_norms
+    monkeypatch.setattr(
+        layer_kernels_module,
+        "pair_norms",
+        lambda quantity, *rest: calls.append(quantity) or real(quantity, *rest),
+    )
+    probe(sequences(), "kernels", rounds=2, quantity="batch").measure(snapshot_of(sequences()))
+    assert calls == ["batch"]
+
+
+# -- rows that fail ----------------------------------------------------------------------------------------
+
+
+class Scarce:
+    """A model that runs out of memory in passes with a graph and more than so many sequences."""
+
+    def __init__(self, model: torch.nn.Module, most: int) -> None:
+        self.most, self.sizes = most, []
+        self.handle = model.register_forward_hook(self)
+
+    def __call__(self, module: object, inputs: tuple[Tensor, ...], output: object) -> None:
+        if torch.is_grad_enabled():
+            self.sizes.append(len(inputs[0]))
+        if torch.is_grad_enabled() and self.sizes[-1] > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
+
+
+def test_a_row_that_runs_out_of_memory_is_the_same_row_and_the_next_starts_small(monkeypatch):
+    case = copy.deepcopy(sequences())
+    wanted = probe(case, "kernels", rounds=2).measure(snapshot_of(case))
+    instrument = probe(case, "kernels", rounds=2)
+    real = cross_layer.layer_kernels
+
+    def scarce(*arguments: Any, **options: Any) -> LayerKernels:
+        memory = Scarce(case.problem.model, 2)
+        try:
+            return real(*arguments, **options)
+        finally:
+            memory.handle.remove()
+            sizes.append(max(memory.sizes))
+
+    sizes: list[int] = []
+    monkeypatch.setattr(cross_layer, "layer_kernels", scarce)
+    for _ in range(2):
+        row = instrument.measure(snapshot_of(case))
+        torch.testing.assert_close(row["fro2"], wanted["fro2"], rtol=1e-10, atol=0)
+        torch.testing.assert_close(row["kernel"], wanted["kernel"], rtol=1e-10, atol=1e-14, equal_nan=True)
+    assert sizes == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ("memory", "out of memory: 12 sketches of .* measure fewer sequences or rounds"),
+        ("NaN", "Decoder returned NaN for micro-batch 0: there is no curvature to measure"),
+        ("one sequence", "1 sequence: the population quantity .* a batch of more sequences"),
+    ],
+)
+def test_a_row_that_cannot_be_measured_says_why_and_the_next_one_is_measured(
+    tmp_path, monkeypatch, failure, reason
+):
+    case = copy.deepcopy(sequences())
+    instrument, good = probe(case, "kernels", rounds=2), snapshot_of(case)
+    bad = replace(good, step=instrument.every)
+    with RunWriter.create(tmp_path, {}) as writer:
+        held = ProbeRecorder(writer, [instrument], case.partition, steps=3 * instrument.every)
+        assert held.record(instrument, replace(good, step=0)).failure == ""
+        if failure == "memory":
+            real = cross_layer.layer_kernels
+
+            def scarce(*arguments: Any, **options: Any) -> LayerKernels:
+                memory = Scarce(case.problem.model, 0)
+                try:
+                    return real(*arguments, **options)
+                finally:
+                    memory.handle.remove()
+
+            with monkeypatch.context() as patch:
+                patch.setattr(cross_layer, "layer_kernels", scarce)
+                found = held.record(instrument, bad)
+        elif failure == "NaN":
+            found = held.record(
+                instrument, replace(bad, parameters=torch.full_like(bad.parameters, torch.nan))
+            )
+        else:
+            found = held.record(instrument, replace(bad, batches=[tuple(x[:1] for x in bad.batches[0])]))
+        assert found.row is None and re.search(reason, found.failure), found.failure
+        assert held.record(instrument, replace(good, step=2 * instrument.every)).failure == ""
+
+
+def test_the_recipes_memory_bound_reaches_kernels_and_products(monkeypatch):
+    case, given = sequences(), []
+    real = cross_layer.layer_kernels
+
+    def noted(*arguments: Any, **options: Any) -> LayerKernels:
+        given.append(options["memory"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(cross_layer, "layer_kernels", noted)
+    instrument = probe(case, "kernels", memory_mib=3)
+    instrument.measure(snapshot_of(case))
+    operator = instrument._matrix(snapshot_of(case))
+    assert given == [3 * 2**20] and operator.memory == 3 * 2**20

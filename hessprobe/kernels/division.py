@@ -1,0 +1,217 @@
+"""Out of memory: the same sketches from fewer sequences at once and less held, or a refusal that says the way out."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hessprobe.errors import UserError
+from hessprobe.kernels.plan import NotOneCall, Plan, without
+from hessprobe.kernels.sequence_gradients import cut, outputs_of, watched
+from hessprobe.kernels.sketches import Draws
+from hessprobe.kernels.stream import Stream
+from hessprobe.problem.memory import is_out_of_memory
+from hessprobe.problem.objective import Batch, Objective, with_parameters
+from hessprobe.problem.partition import Partition
+
+# Divisions go at least so far, whatever a micro-batch's size: with each, half as much is held.
+LEAST_MEMORY = 64
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Sequences `start` to `stop` of micro-batch `number`, which run together."""
+
+    batch: Batch
+    number: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """Gram matrices of all sketches, m = (micro-batch, round, sequence) in that order, and how they were had.
+
+    Attributes:
+        kernel: (l, m, m).
+        alignment: for each vector given (l, m).
+        sequence, round: (m,) to which a sketch belongs; sequences count over all micro-batches.
+        plan: as it was in the end.
+        gradients: what the passes that succeeded cost, in gradients of all micro-batches.
+        division: 1, or how many times smaller they had to be.
+    """
+
+    kernel: Tensor
+    alignment: Mapping[str, Tensor]
+    sequence: Tensor
+    round: Tensor
+    plan: Plan
+    gradients: float
+    division: int
+
+
+def gathered(
+    objective: Objective,
+    batches: Sequence[Batch],
+    partition: Partition,
+    plan: Plan,
+    draws: Draws,
+    rounds: int,
+    *,
+    theta: Mapping[str, Tensor] | None,
+    along: Mapping[str, Tensor] | None,
+    memory: int,
+    autocast: torch.dtype | None,
+    division: int = 1,
+) -> Gathered:
+    """Returns what the stream gathers, divided until it fits into memory.
+
+    A tap that some batch calls otherwise than once leaves the plan. Arguments are those of `layer_kernels`.
+
+    Raises:
+        UserError: out of memory with one sequence at a time (or whole micro-batches where they cannot be cut) too.
+    """
+    counts = [objective.sequence_shape(batch)[0] for batch in batches]
+    cuttable: list[bool] = []
+
+    def attempt(division: int) -> Gathered:
+        if division > 1 and not cuttable:
+            largest = batches[counts.index(max(counts))]
+            cuttable.append(_can_be_cut(objective, largest, partition, theta, autocast))
+        parts = _parts(batches, counts, division if cuttable and cuttable[0] else 1)
+
+        def cotangents(i: int, r: int, outputs: Tensor, targets: Tensor) -> Tensor:
+            own = parts[i]
+            return draws.of(own.number, r, slice(own.start, own.stop), outputs, targets)
+
+        kept = plan
+        while True:
+            stream = Stream(
+                objective,
+                partition,
+                kept,
+                theta=theta,
+                along=along,
+                memory=memory // division,
+                autocast=autocast,
+            )
+            try:
+                grams = stream.run([part.batch for part in parts], rounds, cotangents)
+            except NotOneCall as refused:
+                kept = without(kept, {id(refused.tap)})
+                continue
+            sequence, of_round, order = _labels(parts, rounds, counts)
+            kernel, alignment = grams.kernel.cpu(), {name: a.cpu() for name, a in grams.alignment.items()}
+            if len(parts) > len(counts):
+                kernel = kernel[:, order][:, :, order]
+                alignment = {name: a[:, order] for name, a in alignment.items()}
+            return Gathered(
+                kernel=kernel,
+                alignment=alignment,
+                sequence=sequence[order],
+                round=of_round[order],
+                plan=kept,
+                gradients=stream.gradients,
+                division=division,
+            )
+
+    most = max(LEAST_MEMORY, *counts)
+    refusal = (
+        f"out of memory: {sum(counts) * rounds} sketches of {partition.size:,} parameters do not fit, not even with one "
+        f"sequence at a time (or one micro-batch, where its sequences depend on each other) and {memory // most:,} bytes "
+        f"held, 1/{most} of memory={memory:,}; measure fewer sequences or rounds (cross_layer.sequences, "
+        "cross_layer.rounds), a shorter context, smaller micro-batches, or free memory on the model's device"
+    )
+    return within_memory(attempt, most, refusal, division)
+
+
+def within_memory(attempt: Callable[[int], Result], most: int, refusal: str, division: int = 1) -> Result:
+    """Returns attempt(division) for the first division of 1, 2, 4, ... `most` that does not run out of memory.
+
+    Args:
+        refusal: what to say where none does, before the allocator's own words.
+        division: where to begin.
+
+    Raises:
+        UserError: out of memory at `most` too.
+    """
+    while True:
+        try:
+            return attempt(division)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if division >= most:
+            raise UserError(f"{refusal} ({reason})")
+        gc.collect()  # what the failed attempt held is free once its traceback is gone, cycles too
+        division = min(2 * division, most)
+
+
+def _parts(batches: Sequence[Batch], counts: Sequence[int], division: int) -> list[Part]:
+    """Returns the micro-batches, each cut into parts of at most 1 / division of the largest one's sequences."""
+    most = math.ceil(max(counts) / division)
+    parts = []
+    for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+        pieces = math.ceil(count / most)
+        for i in range(pieces):
+            start, stop = count * i // pieces, count * (i + 1) // pieces
+            part = batch if pieces == 1 else cut(batch, start, stop, count)
+            parts.append(Part(batch=part, number=number, start=start, stop=stop))
+    return parts
+
+
+def _labels(parts: Sequence[Part], rounds: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns each sketch's sequence and round as the parts ran, and the order (micro-batch, round, sequence) of them."""
+    sequence, of_round, place = [], [], []
+    for part in parts:
+        for r in range(rounds):
+            own = sum(counts[: part.number]) + torch.arange(part.start, part.stop)
+            sequence.append(own)
+            of_round.append(torch.full_like(own, r))
+            place.append((part.number * rounds + r) * sum(counts) + own)
+    return torch.cat(sequence), torch.cat(of_round), torch.argsort(torch.cat(place))
+
+
+def _can_be_cut(
+    objective: Objective,
+    batch: Batch,
+    partition: Partition,
+    theta: Mapping[str, Tensor] | None,
+    autocast: torch.dtype | None,
+) -> bool:
+    """Tells whether each half of a batch's sequences gives the same outputs without the other half.
+
+    They do not where sequences share something (an expert's capacity, statistics of the batch), nor where only the
+    user's forward= knows how to take a batch apart. Cost: two forward passes.
+    """
+    count = objective.sequence_shape(batch)[0]
+    leaves = objective.leaves(partition, theta, ())
+
+    def outputs(part: Batch) -> Tensor:
+        with torch.no_grad():
+            return with_parameters(objective.model, leaves, lambda: outputs_of(objective, part, autocast))
+
+    with watched(objective.model):
+        while count > 1:
+            half = count // 2
+            try:
+                whole = outputs(batch)
+                halves = torch.cat([outputs(cut(batch, *ends, count)) for ends in ((0, half), (half, count))])
+            except (RuntimeError, MemoryError, UserError, ValueError, IndexError) as error:
+                if not is_out_of_memory(error):
+                    return False
+            else:
+                allowed = torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
+                return halves.shape == whole.shape and bool((halves - whole).abs().max() <= allowed)
+            # Not even without a graph: half of the sequences tell the same.
+            batch, count = cut(batch, 0, half, count), half
+    return True
