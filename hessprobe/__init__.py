@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hessprobe import optimization as optim
     from hessprobe.curvature.gauss_newton import GaussNewton
     from hessprobe.curvature.hessian import Hessian
     from hessprobe.errors import RunFailed, UserError
@@ -38,8 +39,10 @@ _HOMES = {
     "layer_kernels": "kernels.layer_kernels",
     "lanczos": "estimation.lanczos",
     "open_run": "store.reader",
+    "optim": "optimization",
     "xtrace": "estimation.trace",
 }
+_MODULES = {"optim"}  # whole stages that are public names
 __all__ = [
     "Estimate",
     "GaussNewton",
@@ -55,13 +58,15 @@ __all__ = [
     "lanczos",
     "layer_kernels",
     "open_run",
+    "optim",
     "xtrace",
 ]
 
 
 def __getattr__(name: str) -> object:
     if name in _HOMES:
-        return getattr(import_module(f"hessprobe.{_HOMES[name]}"), name)
+        home = import_module(f"hessprobe.{_HOMES[name]}")
+        return home if name in _MODULES else getattr(home, name)
     raise AttributeError(f"module 'hessprobe' has no attribute {name!r}")
 
 

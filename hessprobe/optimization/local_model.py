@@ -1,23 +1,27 @@
 """The models of the loss around theta that Gauss-Newton minimises, and their gradients, matrix-free.
 
-Quadratic: q_G(delta) = L + g.delta + delta.G delta / 2, gradient J^T (l'(z) + l''(z) J delta) / N.
+Quadratic: q(delta) = L + g.delta + delta.G delta / 2, gradient J^T (l'(z) + l''(z) J delta) / N.
 Prox-linear: mean loss(z + J delta), gradient J^T l'(z + J delta) / N (both: Abreu et al. 2025, section 3).
-One dual-number pass and one reverse pass each, 5/3 gradients.
+Damping adds mu |delta|^2 / 2 to either, and mu delta to its gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hessprobe.curvature.gauss_newton import dual_outputs, dual_pass
+from hessprobe.curvature.gauss_newton import dual_outputs, dual_pass, reverse_tangents
 from hessprobe.errors import unknown_name
-from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.losses import Loss
+from hessprobe.problem.memory import is_out_of_memory
+from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
 
 MODELS = ("quadratic", "prox-linear")
+Names = tuple[str, ...]
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,65 +32,82 @@ class LocalGradient:
     gradient: dict[str, Tensor]
 
 
-def local_value(objective: Objective, batch: Batch, outputs: Tensor, tangents: Tensor, model: str) -> Tensor:
-    """Returns the model's value summed over the batch's tokens, from z (n, c) and J delta (n, c)."""
-    loss, targets = objective.loss_function, objective.targets(batch)
+def expansion(
+    loss: Loss, outputs: Tensor, targets: Tensor, model: str
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Returns the function J delta (n, c) -> the model's value and its derivative in J delta, summed over tokens."""
+    if model not in MODELS:
+        raise unknown_name("model of the loss", model, MODELS)
     if model == "prox-linear":
-        return loss.value(outputs + tangents, targets)
-    slope = (loss.gradient(outputs, targets) * tangents).sum()
-    curvature = (loss.hessian_product(outputs, targets, tangents) * tangents).sum()
-    return loss.value(outputs, targets) + slope + 0.5 * curvature
+        return lambda jd: (loss.value(outputs + jd, targets), loss.gradient(outputs + jd, targets))
+    value, slope = loss.value(outputs, targets), loss.gradient(outputs, targets)
+
+    def quadratic(jd: Tensor) -> tuple[Tensor, Tensor]:
+        curved = loss.hessian_product(outputs, targets, jd)
+        return value + (slope * jd).sum() + 0.5 * (curved * jd).sum(), slope + curved
+
+    return quadratic
 
 
 def local_gradient(
     objective: Objective,
     batch: Batch,
-    theta: Mapping[str, Tensor],
-    delta: Mapping[str, Tensor],
-    names: tuple[str, ...],
+    theta: Tensors,
+    delta: Tensors,
+    names: Names,
     *,
     model: str,
+    damping: float = 0.0,
 ) -> LocalGradient:
-    """Returns the model's value and gradient on one minibatch, everything linearised at theta.
+    """Returns one group's model and its gradient on one minibatch, by one dual-number and one reverse pass.
 
     Args:
-        theta: all partitioned parameters by name.
-        delta: displacement by name; only the entries of `names` move.
-        names: the parameters of the sub-problem: all for full Gauss-Newton, one block's for layerwise. No tangent
-            is computed below them and no gradient outside.
-        model: "quadratic" or "prox-linear".
+        theta, delta: see LocalModels.gradients.
+        names: the group's parameters. No tangent is computed below them and no gradient outside.
 
-    Cost: 5/3 gradients for all parameters, less for later blocks.
-
-    Raises:
-        UserError: an unknown model.
+    Cost: 5/3 gradients for all parameters, and for fewer 1/3 and 4/3 of the layers from their first one upward.
     """
-    if model not in MODELS:
-        raise unknown_name("model of the loss", model, MODELS)
     loss, targets, tokens = objective.loss_function, objective.targets(batch), objective.tokens(batch)
     with measuring(objective.model):
         z, jd, pull_back = dual_pass(objective, batch, theta, delta, names, names)
-        if model == "prox-linear":
-            cotangent = loss.gradient(z + jd, targets)
-        else:
-            cotangent = loss.gradient(z, targets) + loss.hessian_product(z, targets, jd)
-        value = float(local_value(objective, batch, z, jd, model)) / tokens
-        return LocalGradient(value=value, gradient=pull_back(cotangent / tokens))
+        value, cotangent = expansion(loss, z, targets, model)(jd)
+        return damped(float(value) / tokens, pull_back(cotangent / tokens), delta, damping)
 
 
 def predicted_decrease(
-    objective: Objective,
-    batches: list[Batch],
-    theta: Mapping[str, Tensor],
-    delta: Mapping[str, Tensor],
-    *,
-    model: str,
+    objective: Objective, batches: list[Batch], theta: Tensors, delta: Tensors, *, model: str
 ) -> float:
-    """Returns model(0) - model(delta) in nats per token over the batches. Cost: one dual forward pass, 1 gradient."""
+    """Returns model(0) - model(delta), undamped, in nats per token over the batches. Cost: 1 gradient (a dual pass)."""
     total = 0.0
-    with measuring(objective.model), torch.no_grad():
+    with measuring(objective.model):
         for batch in batches:
-            z, jd = dual_outputs(objective, batch, theta, delta, tuple(theta))
-            start = objective.loss_function.value(z, objective.targets(batch))
-            total += float(start - local_value(objective, batch, z, jd, model))
+            z, jd = _linearised(objective, batch, theta, delta)
+            targets = objective.targets(batch)
+            start = objective.loss_function.value(z, targets)
+            total += float(start - expansion(objective.loss_function, z, targets, model)(jd)[0])
     return total / objective.tokens(batches)
+
+
+def _linearised(objective: Objective, batch: Batch, theta: Tensors, delta: Tensors) -> tuple[Tensor, Tensor]:
+    """Returns z and J delta without a graph."""
+    try:
+        return dual_outputs(objective, batch, theta, delta, tuple(theta))
+    except (RuntimeError, NotImplementedError) as refusal:  # the model has no forward mode
+        if is_out_of_memory(refusal):
+            raise
+        leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
+
+        def by_reverse() -> tuple[Tensor, Tensor]:
+            z = objective.outputs(batch, leaves)
+            return z.detach(), reverse_tangents(z, leaves, delta, [tuple(theta)])[0].detach()
+
+        return with_parameters(objective.model, leaves, by_reverse)
+
+
+def damped(value: float, gradient: dict[str, Tensor], delta: Tensors, damping: float) -> LocalGradient:
+    """Adds mu |delta|^2 / 2 and mu delta, of the gradient's own entries."""
+    if damping:
+        squares = torch.stack([delta[name].square().sum() for name in gradient])
+        value += 0.5 * damping * float(squares.sum())
+        gradient = {name: g + damping * delta[name] for name, g in gradient.items()}
+    return LocalGradient(value=value, gradient=gradient)

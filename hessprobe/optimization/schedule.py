@@ -31,3 +31,13 @@ def learning_rate_factor(
     else:
         raise unknown_name("schedule", schedule, SCHEDULES)
     return 0.5 * (1 + math.cos(math.pi * min(done / max(total, 1), 1.0)))
+
+
+def learning_rate_factors(schedule: str, *, outer: int, outer_steps: int, inner_steps: int) -> list[float]:
+    """Returns the factors of all inner steps of outer step `outer`; see learning_rate_factor."""
+    return [
+        learning_rate_factor(
+            schedule, outer=outer, inner=inner, outer_steps=outer_steps, inner_steps=inner_steps
+        )
+        for inner in range(inner_steps)
+    ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hessprobe.optimization.local_model import LocalGradient
 from tests.cases import SEED, Case
 from tests.models import IGNORED, ZOO, seeded
 from tests.oracles import token_losses
@@ -27,16 +28,29 @@ def displacement(case: Case, seed: int = 3, scale: float = 0.3) -> Tensor:
     return scale * case.rows(1, seed)[0]
 
 
-def inside(case: Case, delta: Tensor, block: str) -> Tensor:
-    """Returns delta with everything outside one block set to zero."""
+def inside(case: Case, delta: Tensor, *blocks: str) -> Tensor:
+    """Returns delta with everything outside the blocks set to zero."""
     kept = torch.zeros_like(delta)
-    kept[case.partition.slices[block]] = delta[case.partition.slices[block]]
+    for block in blocks:
+        kept[case.partition.slices[block]] = delta[case.partition.slices[block]]
     return kept
+
+
+def places(case: Case, blocks: tuple[str, ...]) -> Tensor:
+    """Returns the indices of the blocks' parameters in the flat vector."""
+    slices = [case.partition.slices[block] for block in blocks]
+    return torch.cat([torch.arange(s.start, s.stop) for s in slices])
 
 
 def named(case: Case, vector: Tensor) -> Mapping[str, Tensor]:
     """Returns the tensors of a flat vector by parameter name."""
     return case.partition.unflatten(vector)
+
+
+def vector(case: Case, local: LocalGradient) -> Tensor:
+    """Returns a local gradient as a flat vector (p,), zero where it has no entry."""
+    theta = named(case, case.partition.vector(case.problem.model))
+    return case.partition.flatten({**{n: torch.zeros_like(x) for n, x in theta.items()}, **local.gradient})
 
 
 def linearised_loss(case: Case) -> Callable[[Tensor], Tensor]:
@@ -65,3 +79,17 @@ def linearised_loss(case: Case) -> Callable[[Tensor], Tensor]:
         return torch.stack(values).sum() / tokens
 
     return loss
+
+
+def damped_loss(case: Case, model: str, damping: float) -> Callable[[Tensor], Tensor]:
+    """Returns delta -> the model of the loss, dense, plus damping |delta|^2 / 2."""
+    truth, loss = case.truth, linearised_loss(case) if model == "prox-linear" else None
+
+    def value(delta: Tensor) -> Tensor:
+        if loss is not None:
+            found = loss(delta)
+        else:
+            found = truth.loss + truth.gradient @ delta + 0.5 * delta @ truth.gauss_newton @ delta
+        return found + 0.5 * damping * delta.square().sum()
+
+    return value

@@ -1,38 +1,70 @@
-"""The inner problem's value and gradient are those of the dense model of the loss, whole and block by block."""
+"""The inner problem's value and gradient are those of the dense model of the loss, whole and by groups of blocks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.optimization.group_models import LocalModels
+from hessprobe.optimization.group_models import shared_gradients as shared
+from hessprobe.optimization.inner_problem import groups_of
 from hessprobe.optimization.local_model import local_gradient, predicted_decrease
 from tests.cases import Case
-from tests.optimization.linearised import displacement, inside, linearised_loss, named, single
+from tests.models import Problem, labels, real, redraw
+from tests.optimization.linearised import (
+    damped_loss,
+    displacement,
+    inside,
+    linearised_loss,
+    named,
+    places,
+    single,
+    vector,
+)
 from tests.oracles import relative_error
 
 NAMES = ("mlp_regression", "mlp_classifier", "layernorm", "repeated_module", "frozen_layer", "custom_loss",
          "decoder", "decoder_swiglu_layernorm", "decoder_tied", "fused_attention")  # fmt: skip
 SPLIT = ("layernorm", "decoder")
-PARTITIONS = ("layer", "module", "parameter")
+PARTITIONS = ("layer", "module", "parameter", lambda name: "odd" if len(name) % 2 else "even")
+MODELS = ("quadratic", "prox-linear")
 
 
-def found(case: Case, delta: torch.Tensor, names: tuple[str, ...], model: str):
-    """Returns (value, gradient (p,)), zero outside `names`, of the model of the loss on the only batch."""
-    theta = named(case, case.partition.vector(case.problem.model))
-    local = local_gradient(
-        case.objective, case.problem.batches[0], theta, named(case, delta), names, model=model
-    )
-    assert set(local.gradient) == set(names)
-    blank = {name: torch.zeros_like(value) for name, value in theta.items()}
-    return local.value, case.partition.flatten({**blank, **local.gradient})
+def found(case: Case, delta: Tensor, groups: list[tuple[str, ...]], model: str, engine: str, damping=0.0):
+    """Returns [(value, gradient (p,))] of every group of blocks on the only batch, by one of the two engines."""
+    theta, batch = named(case, case.partition.vector(case.problem.model)), case.problem.batches[0]
+    names = [tuple(n for block in group for n in case.partition.parameters_of(block)) for group in groups]
+    at, options = named(case, delta), {"model": model, "damping": damping}
+    if engine == "shared":
+        local = shared(case.objective, batch, theta, at, names, **options)
+    else:
+        local = [local_gradient(case.objective, batch, theta, at, group, **options) for group in names]
+    assert [set(one.gradient) for one in local] == [set(group) for group in names]
+    return [(one.value, vector(case, one)) for one in local]
 
 
+def check(case: Case, groups: list[tuple[str, ...]], model: str, engine: str, damping: float = 0.0) -> None:
+    """Compares every group's value and gradient with autograd of the dense model, all other groups at theta."""
+    delta, truth = displacement(case), damped_loss(case, model, damping)
+    # The whole delta is handed in: entries outside the group must not matter.
+    for group, (value, gradient) in zip(
+        groups, found(case, delta, groups, model, engine, damping), strict=True
+    ):
+        own = inside(case, delta, *group).requires_grad_()
+        wanted = truth(own)
+        (slope,) = torch.autograd.grad(wanted, own)
+        assert relative_error(gradient[places(case, group)], slope[places(case, group)]) < 1e-10
+        assert abs(value - float(wanted.detach())) < 1e-10 * abs(float(wanted.detach()))
+
+
+@pytest.mark.parametrize("engine", ["forward-mode", "shared"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_quadratic_model_is_loss_gradient_and_gauss_newton(name):
+def test_the_quadratic_model_is_loss_gradient_and_gauss_newton(name, engine):
     case = single(name)
     truth, delta = case.truth, displacement(case)
-    value, gradient = found(case, delta, case.partition.names, "quadratic")
+    ((value, gradient),) = found(case, delta, [case.partition.blocks], "quadratic", engine)
     curved = truth.gauss_newton @ delta
     assert relative_error(gradient, truth.gradient + curved) < 1e-10
     wanted = truth.loss + truth.gradient @ delta + 0.5 * delta @ curved
@@ -42,59 +74,64 @@ def test_the_quadratic_model_is_loss_gradient_and_gauss_newton(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_prox_linear_model_is_the_loss_of_the_linearised_network(name):
     case = single(name)
-    delta = displacement(case).requires_grad_()
-    wanted = linearised_loss(case)(delta)
-    (slope,) = torch.autograd.grad(wanted, delta)
-    value, gradient = found(case, delta.detach(), case.partition.names, "prox-linear")
-    assert relative_error(gradient, slope) < 1e-10
-    assert abs(value - float(wanted.detach())) < 1e-10 * abs(float(wanted.detach()))
+    check(case, [case.partition.blocks], "prox-linear", "forward-mode")
 
 
 @pytest.mark.filterwarnings("ignore:layer partition")
-@pytest.mark.parametrize("by", PARTITIONS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("by", PARTITIONS, ids=[*PARTITIONS[:3], "custom"])
 @pytest.mark.parametrize("name", SPLIT)
-def test_a_block_has_its_own_quadratic_with_the_others_at_theta(name, by):
+def test_a_block_has_its_own_model_with_the_others_at_theta(name, by, model):
     case = single(name).split(by)
-    truth, delta = case.truth, displacement(case)
-    for block, where in case.partition.slices.items():
-        names, own = case.partition.parameters_of(block), inside(case, delta, block)
-        # The whole delta is handed in: entries outside the block must not matter.
-        value, gradient = found(case, delta, names, "quadratic")
-        wanted = truth.gradient[where] + truth.gauss_newton[where, where] @ delta[where]
-        assert relative_error(gradient[where], wanted) < 1e-10
-        model = truth.loss + truth.gradient @ own + 0.5 * own @ truth.gauss_newton @ own
-        assert abs(value - float(model)) < 1e-10 * float(model)
+    groups = list(groups_of("layerwise", case.partition))
+    check(case, groups, model, "shared")
+    if len(groups) < 5:
+        check(case, groups, model, "forward-mode")
 
 
-@pytest.mark.filterwarnings("ignore:layer partition")
-@pytest.mark.parametrize("by", PARTITIONS)
-@pytest.mark.parametrize("name", SPLIT)
-def test_a_block_has_its_own_linearised_loss_with_the_others_at_theta(name, by):
-    case = single(name).split(by)
-    delta, loss = displacement(case), linearised_loss(case)
-    for block, where in case.partition.slices.items():
-        own = inside(case, delta, block).requires_grad_()
-        (slope,) = torch.autograd.grad(loss(own), own)
-        _, gradient = found(case, delta, case.partition.parameters_of(block), "prox-linear")
-        assert relative_error(gradient[where], slope[where]) < 1e-10
+@pytest.mark.parametrize("engine", ["forward-mode", "shared"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_group_of_blocks_that_are_no_neighbours_has_its_own_model(model, engine):
+    case = single("decoder").split("layer")
+    structure = (("embedding", "head"), ("block.1",), ("block.0",))
+    check(case, list(groups_of(structure, case.partition)), model, engine, damping=0.7)
 
 
-def test_a_parameter_that_the_outputs_do_not_depend_on_has_gradient_zero(generator):
-    class Spare(torch.nn.Module):
+@pytest.mark.parametrize("damping", [0.3, 4.0])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("structure", ["full", "layerwise"])
+def test_damping_adds_its_term_and_its_gradient(model, damping, structure):
+    case = single("layernorm")
+    groups, engine = list(groups_of(structure, case.partition)), "shared"
+    check(case, groups, model, engine, damping)
+    delta, step = displacement(case), 1e-6
+    for group, (_, gradient) in zip(groups, found(case, delta, groups, model, engine, damping), strict=True):
+        along = inside(case, displacement(case, seed=9), *group)
+        ends = [
+            found(case, delta + sign * step * along, [group], model, engine, damping)[0][0]
+            for sign in (1, -1)
+        ]
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient @ along), rel=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["forward-mode", "shared"])
+def test_a_parameter_that_the_outputs_do_not_depend_on_has_gradient_zero(generator, engine):
+    class Spare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.used, self.spare = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+            self.used, self.spare = nn.Linear(3, 2), nn.Linear(3, 2)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             return self.used(x)
-
-    from tests.models import Problem, labels, real, redraw
 
     g = generator(5)
     case = Case.on(Problem(redraw(Spare(), g), [(real(g, 4, 3), labels(g, 2, 4))], "cross_entropy"))
-    _, gradient = found(case, displacement(case), case.partition.names, "quadratic")
-    assert not gradient[case.partition.slices["spare"]].any()
-    assert gradient[case.partition.slices["used"]].any()
+    (_, used), (_, spare) = found(case, displacement(case), [("used",), ("spare",)], "quadratic", engine)
+    assert not spare.any()
+    assert used[case.partition.slices["used"]].any()
+
+
+# -- what is predicted, and what stays as it was -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mlp_regression", "decoder_ragged", "custom_loss"])
@@ -115,25 +152,29 @@ def test_the_predicted_decrease_is_the_models_over_all_tokens(name, zoo_case):
     assert abs(predicted("prox-linear") - prox) < 1e-10 * abs(float(truth.loss))
 
 
-def test_measuring_leaves_the_model_as_it_was(zoo_case):
+@pytest.mark.parametrize("structure", ["full", "layerwise"])
+def test_measuring_leaves_the_model_as_it_was(zoo_case, structure):
     case = zoo_case("decoder_ragged")
     model = case.problem.model
     model.train()
     before = case.partition.vector(model)
     theta, delta = named(case, before), named(case, displacement(case))
-    local_gradient(
-        case.objective, case.problem.batches[0], theta, delta, case.partition.names, model="quadratic"
-    )
+    groups = [
+        tuple(n for block in group for n in case.partition.parameters_of(block))
+        for group in groups_of(structure, case.partition)
+    ]
+    LocalModels(case.objective, groups).gradients(case.problem.batches[0], theta, delta)
     predicted_decrease(case.objective, case.problem.batches, theta, delta, model="quadratic")
     assert torch.equal(case.partition.vector(model), before)
     assert all(module.training for module in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_an_unknown_model_of_the_loss_is_named_with_the_valid_ones(zoo_case):
+@pytest.mark.parametrize("structure", ["full", "layerwise"])
+def test_an_unknown_model_of_the_loss_is_named_with_the_valid_ones(zoo_case, structure):
     case = zoo_case("mlp_classifier")
     theta = named(case, case.partition.vector(case.problem.model))
+    names = case.partition.names
+    groups = [names] if structure == "full" else [(n,) for n in names]
     with pytest.raises(UserError, match="no model of the loss named 'cubic'.*quadratic, prox-linear"):
-        local_gradient(
-            case.objective, case.problem.batches[0], theta, theta, case.partition.names, model="cubic"
-        )
+        LocalModels(case.objective, groups, model="cubic").gradients(case.problem.batches[0], theta, theta)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hessprobe.errors import UserError
-from hessprobe.optimization.schedule import SCHEDULES, learning_rate_factor
+from hessprobe.optimization.schedule import SCHEDULES, learning_rate_factor, learning_rate_factors
 
 
 def course(schedule: str, outer_steps: int, inner_steps: int) -> list[float]:
@@ -42,6 +42,13 @@ def test_every_factor_of_a_run_is_positive_and_starts_at_one(schedule, outer_ste
     factors = course(schedule, outer_steps, inner_steps)
     assert factors[0] == 1.0
     assert all(0 < factor <= 1 for factor in factors)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_factors_of_an_outer_step_are_those_of_its_inner_steps(schedule):
+    whole = course(schedule, 3, 4)
+    parts = [learning_rate_factors(schedule, outer=i, outer_steps=3, inner_steps=4) for i in range(3)]
+    assert [factor for part in parts for factor in part] == whole
 
 
 def test_a_run_that_goes_on_past_its_length_does_not_turn_round():
