@@ -1,4 +1,4 @@
-"""The command line: train, report, show. Imports stand inside the commands, so --help and a slip answer at once."""
+"""The command line: train, report, show, compare. Imports stand inside the commands, so --help and a slip answer at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ def train(
     probe: Annotated[
         list[str] | None, typer.Option("--probe", help="Measure this during training; may be repeated.")
     ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="full_gn or adamw.")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="full_gn, layerwise_gn, prox_linear, adamw, muon, soap, shampoo, sophia or kfac.",
+            show_default=False,
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Outer steps.")] = None,
     every: Annotated[int | None, typer.Option(help="Outer steps between a probe's rows.")] = None,
     coupling_error: Annotated[
@@ -41,15 +47,36 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder; default runs/RECIPE.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data and probes.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Run at so many seeds, from --seed on, into OUT/seed-0, OUT/seed-1 ...")
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run or study in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print sizes, memory and costs; no data, no network.")
+    ] = False,
 ) -> None:
-    """Train with curvature probes; writes a log, a checkpoint and a report."""
+    """Train with curvature probes; writes a log, a checkpoint and a report. A recipe with a study makes many runs."""
     from hessprobe.recipe import build_recipe, differences, read_recipe
 
     settings = _settings(probe, optimizer, steps, every, coupling_error, device, seed, setting)
+    if seeds is not None and seeds < 1:
+        raise UserError(f"--seeds {seeds}: at least 1 seed")
+    if resume and recipe == "nano" and out is not None and not (out / "log.zarr").exists():
+        recipe = (
+            str(out / "recipe.toml") if (out / "recipe.toml").is_file() else recipe
+        )  # a study keeps its own
+    if dry_run:
+        checked = build_recipe(read_recipe(recipe), settings)
+        from hessprobe.training.plan import plan
+
+        print(plan(checked, seeds))
+        return
+    if seeds is not None or "study" in read_recipe(recipe):
+        _train_many(build_recipe(read_recipe(recipe), settings), out, seeds, resume)
+        return
     if resume:
         folder = out or _latest_run(recipe)
         stored = _stored_recipe(folder)
@@ -83,11 +110,24 @@ def train(
 
 @app.command()
 def report(
-    run: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="The page; default RUN/report.html.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="A run's folder; several stand side by side.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; default RUN/report.html, for several beside the first.")
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write all figures, PDF and PNG, into this folder."),
+    ] = None,
 ) -> None:
-    """Write one self-contained page from a run's log; works while it is still running."""
-    print(f"report   {_write_page(run, out)}")
+    """Write one self-contained page from logs; works while a run is still going on."""
+    if len(runs) == 1:
+        print(f"report   {_write_page(runs[0], out)}")
+    else:
+        print(f"report   {_write_runs_page(runs, out)}")
+    if figures is not None:
+        _write_figures(runs, figures)
 
 
 @app.command()
@@ -98,6 +138,62 @@ def show(run: RunFolder) -> None:
     from hessprobe.report.terminal import show as print_tables
 
     print_tables(run, Console())
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Runs' folders, or folders that contain runs."),
+    ],
+    target: Annotated[
+        float | None,
+        typer.Option(help="Held-out loss, nats per token; default the lowest that every run reached."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write figures, PDF and PNG, into this folder.")
+    ] = None,
+) -> None:
+    """Say how many steps, tokens, seconds and gradients each method needs to reach a loss."""
+    from rich.console import Console
+
+    from hessprobe.analysis.comparison import compare as compared
+    from hessprobe.report.comparison_terminal import show_comparison
+
+    comparison = compared(runs, target)
+    show_comparison(comparison, Console())
+    try:
+        if figures is not None:
+            from hessprobe.report.comparison_figures import save_figures
+
+            for path in save_figures(comparison, figures):
+                print(f"figure   {path}")
+        if out is not None:
+            from hessprobe.report.comparison import write_comparison
+
+            print(f"report   {write_comparison(comparison, out)}")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename or out or figures} ({error.strerror or error}); give another --out or "
+            "--figures, or free some space"
+        ) from error
+
+
+def _train_many(recipe: Recipe, out: Path | None, seeds: int | None, resume: bool) -> None:
+    """Makes a study's runs, or one recipe's at several seeds, and names the folder and the next command."""
+    folder = out or (Path("runs") / recipe.name if resume else _free_folder(Path("runs") / recipe.name))
+    from hessprobe.training.study import run_seeds, run_study
+
+    if recipe.study is None:
+        run_seeds(recipe, folder, seeds or 1, resume=resume)
+    else:
+        if seeds is not None:
+            recipe = recipe.model_copy(update={"study": recipe.study.model_copy(update={"seeds": seeds})})
+        for end in run_study(recipe, folder, resume=resume):
+            print(f"{end.name:<20} {end}")
+    print(f"runs     {folder}")
+    print(f"next     hessprobe compare {folder}")
 
 
 def _settings(
@@ -144,10 +240,39 @@ def _write_page(run: Path, out: Path | None = None) -> Path:
         ) from error
 
 
+def _write_runs_page(runs: list[Path], out: Path | None) -> Path:
+    from hessprobe.report.several_runs import write_runs_report
+
+    try:
+        return write_runs_report(runs, out)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the report of {len(runs)} runs ({error.strerror or error}); write it elsewhere: --out FILE"
+        ) from error
+
+
+def _write_figures(runs: list[Path], folder: Path) -> None:
+    from hessprobe.analysis import load_run
+    from hessprobe.analysis.several_runs import labels
+    from hessprobe.report.figure_set import save_figures
+
+    for run, label in zip(runs, labels(runs), strict=True):
+        try:
+            found = save_figures(load_run(run), folder, prefix="" if len(runs) == 1 else f"{label}-")
+        except OSError as error:
+            raise UserError(
+                f"cannot write figures into {folder} ({error.strerror or error}); give another --figures DIR"
+            ) from error
+        for path in found.written:
+            print(f"figure   {path}")
+        for name, reason in found.left_out.items():
+            print(f"no figure {name}: {reason}", file=sys.stderr)
+
+
 def _free_folder(wanted: Path) -> Path:
-    """Returns the folder, or the first of NAME-2, NAME-3, ... that holds no run."""
+    """Returns the folder, or the first of NAME-2, NAME-3, ... that holds no run, nor runs."""
     number, folder = 1, wanted
-    while (folder / "log.zarr").exists():
+    while (folder / "log.zarr").exists() or (folder / "recipe.toml").exists():
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder

@@ -75,7 +75,10 @@ def refused(answer: Answer, *parts: str) -> None:
 
 MISTAKES = {
     "unknown probe": (["--probe", "crosslayer"], ["no probe named 'crosslayer'", "Valid: cross_layer"]),
-    "unknown optimizer": (["--optimizer", "sgd"], ["no optimizer named 'sgd'", "Valid: full_gn, adamw"]),
+    "unknown optimizer": (
+        ["--optimizer", "sgd"],
+        ["no optimizer named 'sgd'", "Valid: full_gn, layerwise_gn"],
+    ),
     "unknown recipe key": (["--set", "optimizer.rate=1"], ["named 'rate'", "Valid: name, minibatches"]),
     "unknown recipe": (["tiny"], ["no recipe named 'tiny'", "nano"]),
     "no recipe file": (["a/b.toml"], ["no recipe file at a/b.toml", "nano"]),
@@ -85,6 +88,21 @@ MISTAKES = {
         ["training.steps = 0", "greater than or equal to 1"],
     ),
     "no step between rows": (["--every", "0"], ["--every 0: at least 1 step between rows"]),
+    "no seeds": (["--seeds", "0"], ["--seeds 0: at least 1 seed"]),
+    "a batch that does not divide": (["--set", "optimizer.batch=7"], ["batch = 7 does not divide", "6 or 8"]),
+    "an optimizer that is not": (
+        ["--optimizer", "prox_linear", "--set", "optimizer.inner_solver=cg"],
+        ["there is no prox_linear with inner_solver cg", "there are full_gn"],
+    ),
+    "no step size to try": (
+        ["--set", "optimizer.line_search_grid=0"],
+        ["line search needs at least 1 step size"],
+    ),
+    "no run to start from": (
+        ["--set", "training.start_from=../none"],
+        ["training.start_from = '../none'", "give a run's folder"],
+    ),
+    "a stream without a tokenizer": (["--set", "data.source=hub:a/b"], ["needs a data.tokenizer", "t5-base"]),
     "a seed below 0": (["--seed", "-1"], ["seed = -1"]),
     "unknown device": (["--device", "gpu"], ["--device gpu", "auto, cpu"]),
     "no such corpus": (["--set", "data.source=nowhere.txt"], ["no corpus at 'nowhere.txt'", "stdlib"]),
@@ -290,3 +308,66 @@ def test_a_vocabulary_smaller_than_the_texts_leaves_no_run_behind(hessprobe, sma
         hessprobe("train", *small, "--set=model.vocabulary=100", "--out=run"), "outside the vocabulary of 100"
     )
     assert not Path("run").exists()
+
+
+class TestManyRuns:
+    """--seeds and a recipe with a study make runs in folders of their own, and end by naming what compares them."""
+
+    @pytest.fixture
+    def study(self, tmp_path) -> str:
+        path = tmp_path / "little.toml"
+        path.write_text(
+            'name = "little"\n[training]\nsteps = 1\n[study]\ntarget_loss = 1.0\nseeds = 1\nwarm_up_steps = 1\n'
+            '[[study.variants]]\nname = "adamw"\nlearning_rates = [0.01]\n', encoding="utf-8"
+        )  # fmt: skip
+        return "../little.toml"
+
+    def test_seeds(self, hessprobe, small):
+        answer = hessprobe("train", *small, "--seeds", "2", "--seed", "3", "--out", "runs/a")
+        assert answer.code == 0, answer.error
+        assert answer.out.splitlines() == ["runs     runs/a", "next     hessprobe compare runs/a"]
+        assert [attributes(Path("runs/a") / f"seed-{seed}")["seed"] for seed in (3, 4)] == [3, 4]
+        assert "2 of 2  seed 4" in answer.error
+        refused(
+            hessprobe("train", *small, "--seeds", "2", "--out", "runs/a"), "holds runs already", "--resume"
+        )
+        again = hessprobe("train", *small, "--seeds", "2", "--seed", "3", "--out", "runs/a", "--resume")
+        assert again.code == 0 and again.error.count("before: ") == 2
+
+    def test_without_out_the_next_name_is_taken(self, hessprobe, small):
+        for name in ("nano", "nano-2"):
+            assert f"runs     runs/{name}" in hessprobe("train", *small, "--seeds", "1").out
+        assert hessprobe("train", *small).out.splitlines()[-1].endswith("runs/nano-3")
+
+    def test_a_study_and_its_resumption(self, hessprobe, small, study):
+        answer = hessprobe("train", study, *small, "--out", "s")
+        assert answer.code == 0, answer.error
+        first, *rest = answer.out.splitlines()
+        name, end = first.split(maxsplit=1)
+        assert name == "adamw" and end.startswith("learning rate 0.01: target not reached in 2 steps, held-out loss")
+        assert rest == ["runs     s", "next     hessprobe compare s"]
+        assert Path("s/adamw/learning_rate-0.01/seed-0/log.zarr").is_dir()
+        assert Path("s/warm-up/seed-0/log.zarr").is_dir()
+        again = hessprobe("train", "--resume", "--out", "s")  # its own recipe lies in its folder
+        assert again.code == 0 and again.error.count("before: ") == 2
+        more = hessprobe("train", study, *small, "--out", "s", "--seeds", "2", "--resume")
+        assert more.code == 0 and Path("s/adamw/learning_rate-0.01/seed-1").is_dir()
+
+    def test_a_mistake_in_a_variant_is_told_before_anything_runs(self, hessprobe, small, tmp_path, study):
+        path = tmp_path / "little.toml"
+        path.write_text(path.read_text() + 'settings = { "optimizer.rate" = 1 }\n')
+        refused(hessprobe("train", study, *small), "study variant 'adamw'", "named 'rate'")
+        assert not any(Path.cwd().iterdir())
+
+    def test_a_run_that_diverges_is_exit_1(self, hessprobe, small):
+        words = ["--steps=3", "--set=optimizer.learning_rate=1e30", "--seeds=1"]
+        answer = hessprobe("train", *small, *words)
+        assert answer.code == 1 and "1 of 1 runs diverged" in answer.error.splitlines()[-1]
+
+
+def test_a_dry_run_prints_the_plan_and_makes_nothing(hessprobe, small):
+    answer = hessprobe("train", *small, "--dry-run")
+    assert answer.code == 0 and answer.error == ""
+    assert "block.0" in answer.out and "optimizer adamw, learning rate" in answer.out
+    assert not any(Path.cwd().iterdir())
+    refused(hessprobe("train", *small, "--dry-run", "--optimizer", "sgd"), "no optimizer named 'sgd'")

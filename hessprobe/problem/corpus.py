@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +31,13 @@ class Corpus:
     """A training part and a held-out part of one token sequence, cut into windows of `context` tokens.
 
     Attributes:
-        train, held_out: tokens, uint8 or uint16; a window never crosses from one to the other.
+        train, held_out: tokens, uint8, uint16 or uint32; a window never crosses from one to the other.
         context: tokens in a sequence; targets are the inputs moved by one, so a window reads context + 1.
         vocabulary: tokens are 0 .. vocabulary - 1; checked in every batch.
         fingerprint: JSON-able origin: source, kind, sha256 (of the training, then the held-out bytes; for a
-            single file what `sha256sum FILE` prints), hashed (which bytes were: of parts above 256 MiB a
+            single file read as bytes what `sha256sum FILE` prints), hashed (which bytes were: of parts above 256 MiB a
             sample), bytes, tokens, held_out_tokens, held_out (which tokens), vocabulary, python; files and
-            skipped_files where there are several.
+            skipped_files where there are several; tokenizer and its tokenizer_sha256 where there is one.
     """
 
     train: np.ndarray
@@ -54,6 +54,8 @@ class Corpus:
         context: int,
         held_out_fraction: float = 0.05,
         vocabulary: int | None = None,
+        tokenizer: str | None = None,
+        end_of_text: str | None = None,
     ) -> Corpus:
         """Returns the corpus at `source`, its held-out part fixed.
 
@@ -63,8 +65,9 @@ class Corpus:
             context: tokens in a sequence.
             held_out_fraction: of the corpus. Its tail is held out; val.bin instead where there is one; of
                 "stdlib" whole files spread over the library, since the tail of its alphabet is mostly xml.
-            vocabulary: number of token ids. Default: 256 for text; the largest id + 1 for shards up to
-                256 MiB; required for larger ones.
+            vocabulary: number of token ids. Default: 256 for text, or the tokenizer's own; the largest id + 1 for
+                shards up to 256 MiB; required for larger ones.
+            tokenizer, end_of_text: what makes tokens of text, see `load_tokenizer`. None reads bytes.
 
         Raises:
             UserError: nothing there, not readable, empty, not the format, or a part shorter than a sequence.
@@ -82,6 +85,11 @@ class Corpus:
                 f"cannot read {error.filename or source}: {error.strerror or error}. "
                 'Check its permissions, or use another corpus ("stdlib" is always there).'
             ) from error
+        if tokenizer is not None:
+            from hessprobe.problem.tokenizer import load_tokenizer, tokenized
+
+            rules = load_tokenizer(tokenizer, end_of_text=end_of_text, text=parts.train)
+            parts, vocabulary = tokenized(parts, rules), vocabulary or rules.size
         for name, tokens in (("training", parts.train), ("held-out", parts.held_out)):
             if tokens.size <= context:
                 raise UserError(
@@ -163,21 +171,38 @@ class Corpus:
         The loss of the best model that knows frequencies alone. Exact up to 256 MiB; of a larger part from 64
         evenly spaced blocks of 2^20 tokens.
         """
-        counts = np.zeros(2**16, dtype=np.int64)
+        counts = np.zeros(max(2**16, self.vocabulary), dtype=np.int64)
         for block in _blocks(self.train):
             counts += np.bincount(block, minlength=counts.size)
         p = counts[counts > 0] / counts.sum()
         return float(-(p * np.log(p)).sum())
 
-    def _windows(self, tokens: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        import torch
+    def bookmarks(self) -> dict[str, list[int]]:
+        """Returns nothing: a batch depends on no place that was reached (see HubCorpus for one that does)."""
+        return {}
 
-        windows = np.asarray(tokens[starts[:, None] + np.arange(self.context + 1)], dtype=np.int64)
-        largest = int(windows.max())
-        if largest >= self.vocabulary:
-            raise _outside(self.fingerprint["source"], largest, self.vocabulary)
-        both = torch.from_numpy(windows)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+    def restore(self, bookmarks: Mapping[str, Sequence[int]]) -> None:
+        """Does nothing, see `bookmarks`."""
+
+    def _windows(self, tokens: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        windows = tokens[starts[:, None] + np.arange(self.context + 1)]
+        return as_batch(windows, self.vocabulary, str(self.fingerprint["source"]))
+
+
+def as_batch(windows: np.ndarray, vocabulary: int, source: str) -> tuple[Tensor, Tensor]:
+    """Returns (inputs, targets), long (b, t) each, of windows (b, t + 1).
+
+    Raises:
+        UserError: a token outside the vocabulary.
+    """
+    import torch
+
+    windows = windows.astype(np.int64)
+    largest = int(windows.max())
+    if largest >= vocabulary:
+        raise _outside(source, largest, vocabulary)
+    both = torch.from_numpy(windows)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
 def _outside(source: str, token: int, vocabulary: int) -> UserError:

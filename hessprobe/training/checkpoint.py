@@ -3,30 +3,88 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-from dataclasses import asdict
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hessprobe.errors import UserError
+from hessprobe.problem.partition import Partition
 from hessprobe.training.train_table import Totals
 
 FILE = "state.pt"
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataPosition:
+    """How far a run has read.
+
+    Attributes:
+        seed: of the run: at another one the streams are others, and are read from their beginning.
+        first: the minibatch that each stream began with: behind those read by the run this one started from.
+        read: sequences of each stream that have been read, counted from the stream's own beginning.
+        bookmarks: where that is in a stream from the Hub.
+    """
+
+    seed: int = 0
+    first: dict[str, int] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)
+    bookmarks: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run began from that is not its own: weights of another run, and where they came from."""
+
+    parameters: torch.Tensor
+    data: DataPosition
+    origin: dict[str, Any]
+
+
+def checkpoint_file(folder: Path) -> Path:
+    """Returns where a run's state lies."""
+    return folder / "checkpoint" / FILE
+
+
 def save_checkpoint(
-    folder: Path, *, step: int, parameters: torch.Tensor, optimizer: dict[str, Any], totals: Totals
+    folder: Path,
+    *,
+    step: int,
+    parameters: torch.Tensor,
+    optimizer: dict[str, Any],
+    totals: Totals,
+    shapes: Mapping[str, torch.Size] | None = None,
+    data: DataPosition | None = None,
+    held_out_loss: float = float("nan"),
+    ended: bool = False,
 ) -> None:
-    """Writes folder/checkpoint/state.pt after outer step `step - 1`; data and probes need no state but the step.
+    """Writes folder/checkpoint/state.pt after outer step `step - 1`; probes need no state but the step.
+
+    Args:
+        shapes: the parameters' shapes by name, in the order of the vector.
+        held_out_loss: the last one evaluated.
+        ended: whether the run is over: its last step, or its target loss reached.
 
     Raises:
         UserError: no space left on disk; the checkpoint before stays.
     """
-    target = folder / "checkpoint" / FILE
+    target = checkpoint_file(folder)
     beside = target.with_suffix(".partial")
-    state = {"step": step, "parameters": parameters, "optimizer": optimizer, "totals": asdict(totals)}
+    state = {
+        "step": step,
+        "parameters": parameters,
+        "optimizer": optimizer,
+        "totals": asdict(totals),
+        "shapes": {name: list(shape) for name, shape in (shapes or {}).items()},
+        "data": asdict(data or DataPosition()),
+        "held_out_loss": held_out_loss,
+        "ended": ended,
+    }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -46,10 +104,61 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """Returns step, parameters, optimizer state and totals of a run, or None where it saved none yet."""
-    path = folder / "checkpoint" / FILE
+    """Returns what `save_checkpoint` was given, totals and data as their types; None where none was saved yet."""
+    path = checkpoint_file(folder)
     if not path.is_file():
         return None
     state = torch.load(path, map_location=device, weights_only=True)
     state["totals"] = Totals(**state["totals"])
-    return state
+    # The first version saved neither place nor end; what else differs there is told when its log is reopened.
+    state["data"] = DataPosition(**state.get("data", {}))
+    return {"held_out_loss": float("nan"), "ended": False, **state}
+
+
+def load_start(given: str, partition: Partition) -> Start:
+    """Returns the weights of another run's last checkpoint, in the order of this partition.
+
+    Args:
+        given: a run's folder, or a checkpoint file.
+
+    Raises:
+        UserError: nothing there, not a checkpoint, or one of another model.
+    """
+    path = Path(given).expanduser()
+    file = checkpoint_file(path) if path.is_dir() else path
+    if not file.is_file():
+        what = (
+            "the folder holds no checkpoint/state.pt" if path.is_dir() else "there is no such file or folder"
+        )
+        raise UserError(
+            f"training.start_from = {given!r}: {what}; give a run's folder or its checkpoint file"
+        )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        theta, shapes = state["parameters"], {n: torch.Size(s) for n, s in state["shapes"].items()}
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"training.start_from = {given!r}: {file} is no checkpoint of hessprobe; give a run's folder or its "
+            "checkpoint/state.pt"
+        ) from error
+    wanted = {slot.name: slot.shape for slot in partition.slots}
+    apart = [name for name in (*wanted, *shapes) if wanted.get(name) != shapes.get(name)]
+    if apart:
+        there, here = (tuple(s[apart[0]]) if apart[0] in s else "absent" for s in (shapes, wanted))
+        raise UserError(
+            f"training.start_from = {given!r} holds another model ({len(theta):,} parameters, this one has "
+            f"{partition.size:,}): {apart[0]} is {there} there and {here} here; give the sizes of that run in [model]"
+        )
+    sizes = [shape.numel() for shape in shapes.values()]
+    named = {n: t.view(shapes[n]) for n, t in zip(shapes, theta.split(sizes), strict=True)}
+    return Start(
+        parameters=partition.flatten(named),
+        data=DataPosition(**state["data"]),
+        origin={
+            "path": given,
+            "step": state["step"],
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            # The same for the same weights, whatever else the file says of seconds.
+            "parameters_sha256": hashlib.sha256(theta.numpy().tobytes()).hexdigest(),
+        },
+    )

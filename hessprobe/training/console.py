@@ -23,11 +23,13 @@ class RunConsole:
         steps: length of the run.
         start: step it starts from.
         console: where to write; default stderr.
+        name: the optimizer's, so that its lines stand below those of the warm-up.
     """
 
-    def __init__(self, steps: int, start: int = 0, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+    def __init__(self, steps: int, start: int = 0, console: Console | None = None, name: str = "") -> None:
+        self.console = console or stderr()
         self.width = len(str(steps))
+        self.name_width = max(len(name) + 1, 8)
         self.progress = Progress(
             TextColumn(f"[{ACCENT}]{{task.description}}"),
             BarColumn(),
@@ -52,7 +54,7 @@ class RunConsole:
 
     def say(self, label: str, text: str) -> None:
         """Writes one line: a label in the accent colour, then text letter by letter."""
-        self.console.print(f"[{ACCENT}]{label:<11}[/] {escape(text)}", soft_wrap=True, emoji=False)
+        say(self.console, label, text)
 
     def step(self, step: int, report: StepReport, held_out_loss: float, name: str) -> None:
         """Writes the line of one outer step and moves the bar."""
@@ -65,7 +67,7 @@ class RunConsole:
             parts.append(f"real/predicted {report.actual_decrease / report.predicted_decrease:.2f}")
         if report.outcome != "accepted":
             parts.append(report.outcome)
-        self.say(f"step {step:>{self.width}}", f"{name:<8} " + "  ".join(parts))
+        self.say(f"step {step:>{self.width}}", f"{name:<{self.name_width}} " + "  ".join(parts))
         self.progress.update(self.task, completed=step + 1)
 
     def measured(self, measurement: Measurement) -> None:
@@ -75,6 +77,16 @@ class RunConsole:
         else:
             text = f"{_headline(measurement)}  {measurement.seconds:.1f} s"
         self.say(f"  step {measurement.step:>{self.width}}", f"{measurement.probe}: {text}")
+
+
+def say(console: Console, label: str, text: str) -> None:
+    """Writes one line: a label in the accent colour, then text letter by letter."""
+    console.print(f"[{ACCENT}]{label:<11}[/] {escape(text)}", soft_wrap=True, emoji=False)
+
+
+def stderr() -> Console:
+    """Returns where progress is written."""
+    return Console(stderr=True, highlight=False)
 
 
 def _headline(measurement: Measurement) -> str:

@@ -9,32 +9,34 @@ from typing import Any
 
 import torch
 
-from hessprobe.errors import RunFailed
 from hessprobe.optimization.report import StepReport
 from hessprobe.probes.probe import Snapshot
 from hessprobe.problem.corpus import Corpus
+from hessprobe.problem.hub_corpus import HubCorpus
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
 from hessprobe.store.writer import RunWriter
-from hessprobe.training.checkpoint import load_checkpoint, save_checkpoint
+from hessprobe.training.checkpoint import DataPosition, load_checkpoint, load_start, save_checkpoint
 from hessprobe.training.console import RunConsole
+from hessprobe.training.ending import Diverged, RunEnd
 from hessprobe.training.optimizers import OuterOptimizer, build_optimizer, build_warmup
 from hessprobe.training.recorder import ProbeRecorder, build_probes, peak_memory
 from hessprobe.training.setup import build_model, open_corpus, pick_device, start_log
 from hessprobe.training.train_table import Totals, train_row, train_table
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
+def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> RunEnd:
     """Runs a recipe into folder/log.zarr and folder/checkpoint.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; one run, not a study.
         folder: the run's folder; new, or with `resume` one that holds this recipe's run.
 
     Raises:
         UserError: a mistake in recipe, data or folder, or a full disk.
-        RunFailed: the loss is not finite; the log up to that step is kept.
+        Diverged: the loss is not finite; the log up to that step is kept.
+        RunFailed: a stream of data broke off.
     """
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
@@ -43,17 +45,25 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     model = build_model(recipe, device)
     objective, partition = Objective(model), Partition.of(model, recipe.partition)
     saved = load_checkpoint(folder, device) if resume else None
-    start, totals = (saved["step"], saved["totals"]) if saved else (0, Totals())
-    if saved:
+    start = None
+    if recipe.training.start_from is not None and not saved:
+        start = load_start(recipe.training.start_from, partition)
+        partition.assign(model, start.parameters)
+    elif saved:
         partition.assign(model, saved["parameters"])
+    step, totals = (saved["step"], saved["totals"]) if saved else (0, Totals())
     with (
-        start_log(recipe, folder, device, corpus, partition, resume=resume) as writer,
-        RunConsole(recipe.training.steps, start) as console,
+        start_log(recipe, folder, device, corpus, partition, resume=resume, start=start) as writer,
+        RunConsole(recipe.training.steps, step, name=recipe.optimizer.name) as console,
     ):
         if saved:
-            console.say("resuming", f"{folder} at step {start}")
+            console.say("resuming", f"{folder} at step {step}")
         run = Run(recipe, folder, objective, partition, corpus, device, writer, console, totals)
-        run.steps(start, saved["optimizer"] if saved else None)
+        if saved:
+            run.place_data(saved["data"], resumed=True)
+        elif start:
+            run.place_data(start.data, resumed=False)
+        return run.steps(saved)
 
 
 class Run:
@@ -65,7 +75,7 @@ class Run:
         folder: Path,
         objective: Objective,
         partition: Partition,
-        corpus: Corpus,
+        corpus: Corpus | HubCorpus,
         device: torch.device,
         writer: RunWriter,
         console: RunConsole,
@@ -74,34 +84,40 @@ class Run:
         self.recipe, self.folder, self.device = recipe, folder, device
         self.objective, self.partition, self.corpus = objective, partition, corpus
         self.writer, self.console, self.totals = writer, console, totals
+        self.first = {"train": 0, "line_search": 0}
         steps = recipe.training.steps
-        writer.add_table(train_table(recipe.optimizer.line_search_grid), range(steps))
+        writer.add_table(train_table(recipe.optimizer), range(steps))
         self.recorder = ProbeRecorder(writer, build_probes(recipe), partition, steps)
-        sequences, context = recipe.data.held_out_sequences, corpus.context
-        per_batch = max(1, min(recipe.optimizer.sequences * 64 // context + 1, sequences))
-        count = math.ceil(sequences / per_batch)
+        per_batch, count = held_out_layout(recipe, corpus.context)
         self.held_out = [self._placed(batch) for batch in corpus.held_out_batches(per_batch, count)]
 
-    def steps(self, start: int, optimizer_state: dict[str, Any] | None) -> None:
-        """Takes the outer steps from `start` on."""
+    def place_data(self, position: DataPosition, *, resumed: bool) -> None:
+        """Goes on reading where this run was cut off, or behind what the run before it had read."""
+        if resumed:
+            self.first |= position.first
+        elif position.seed == self.recipe.seed:
+            each = self.recipe.optimizer.sequences
+            self.first |= {stream: math.ceil(read / each) for stream, read in position.read.items()}
+        self.corpus.restore(position.bookmarks)
+
+    def steps(self, saved: dict[str, Any] | None) -> RunEnd:
+        """Takes the outer steps that are left; `saved` is the checkpoint of a resumed run."""
         recipe, training = self.recipe.optimizer, self.recipe.training
         warmup = min(recipe.warmup_steps, training.steps)
+        step, held_out, ended, optimizer_state = 0, math.nan, False, None
+        if saved:
+            step, held_out, ended = saved["step"], saved["held_out_loss"], saved["ended"]
+            optimizer_state = saved["optimizer"]
         optimizer: OuterOptimizer | None = None
         rejected = 0
-        for step in range(start, training.steps):
+        while not ended:
             if optimizer is None or step == warmup:
                 optimizer = self._optimizer(step < warmup, training.steps - warmup)
                 if optimizer_state:  # empty at the end of the warm-up
                     optimizer.load_state_dict(optimizer_state)
                 optimizer_state = None
             before = self.partition.vector(self.objective.model)
-            began = time.perf_counter()
-            searched = recipe.line_search_minibatches or recipe.minibatches
-            report = optimizer.step(
-                self._minibatches("train", step, recipe.minibatches),
-                self._minibatches("line_search", step, searched),
-            )
-            self.totals.add(report, time.perf_counter() - began)
+            report = self._take(step, optimizer, searching=step >= warmup)
             rejected = rejected + 1 if report.outcome.startswith("rejected") else 0
             if rejected == 3:
                 self.console.say(
@@ -109,36 +125,77 @@ class Run:
                 )
             self._measure(step, before)
             last = step == training.steps - 1
-            evaluate = last or step % training.evaluate_every == 0
-            held_out = self.held_out_loss() if evaluate else math.nan
-            self._record(step, report, held_out, "warm-up" if step < warmup else recipe.name)
-            if report.outcome.startswith("diverged") or (evaluate and not math.isfinite(held_out)):
-                raise RunFailed(
+            found = self.held_out_loss() if last or step % training.evaluate_every == 0 else None
+            self._record(
+                step,
+                report,
+                math.nan if found is None else found,
+                "warm-up" if step < warmup else recipe.name,
+            )
+            if report.outcome.startswith("diverged") or (found is not None and not math.isfinite(found)):
+                raise Diverged(
                     f"step {step}: the loss is not finite, so the run stops here; its log is kept in {self.folder}. "
                     "A lower --set optimizer.learning_rate or more --set optimizer.warmup_steps helps"
                 )
+            step += 1
+            held_out = held_out if found is None else found
+            ended = last or (found is not None and self._end(step, found).reached)
             # The step that ends the warm-up is saved without its optimizer: the next one starts afresh.
-            if last or (step + 1) % training.checkpoint_every == 0:
-                state = optimizer.state_dict() if step + 1 != warmup else {}
-                theta = self.partition.vector(self.objective.model)
-                save_checkpoint(
-                    self.folder, step=step + 1, parameters=theta, optimizer=state, totals=self.totals
-                )
+            if ended or step % training.checkpoint_every == 0:
+                self._save(step, optimizer.state_dict() if step != warmup else {}, held_out, ended)
+        end = self._end(step, held_out)
+        if end.target is not None:
+            self.console.say("target", f"{end.target}: {end}")
+        return end
+
+    def _end(self, step: int, held_out_loss: float) -> RunEnd:
+        return RunEnd(steps=step, held_out_loss=held_out_loss, target=self.recipe.training.stop_at)
+
+    def _take(self, step: int, optimizer: OuterOptimizer, *, searching: bool) -> StepReport:
+        """Takes one outer step; a stretch of the line search's data is read only where there is one."""
+        recipe = self.recipe.optimizer
+        began = time.perf_counter()
+        report = optimizer.step(
+            self._minibatches("train", step, recipe.minibatches),
+            self._minibatches("line_search", step, recipe.searched if searching else 0),
+        )
+        self.totals.add(report, time.perf_counter() - began)
+        return report
 
     def held_out_loss(self) -> float:
         """Returns the loss on the held-out sequences, nats per token."""
         with torch.no_grad():
             return float(self.objective.loss(self.held_out))
 
+    def _save(self, step: int, optimizer: dict[str, Any], held_out_loss: float, ended: bool) -> None:
+        recipe = self.recipe.optimizer
+        counts = {"train": recipe.minibatches, "line_search": recipe.searched}
+        read = {
+            stream: (self.first[stream] + step * counts[stream]) * recipe.sequences for stream in self.first
+        }
+        save_checkpoint(
+            self.folder,
+            step=step,
+            parameters=self.partition.vector(self.objective.model),
+            optimizer=optimizer,
+            totals=self.totals,
+            shapes={slot.name: slot.shape for slot in self.partition.slots},
+            data=DataPosition(
+                seed=self.recipe.seed, first=self.first, read=read, bookmarks=self.corpus.bookmarks()
+            ),
+            held_out_loss=held_out_loss,
+            ended=ended,
+        )
+
     def _optimizer(self, warming_up: bool, outer_steps: int) -> OuterOptimizer:
         recipe = self.recipe.optimizer
         if warming_up:
             return build_warmup(recipe, self.objective, self.partition)
-        return build_optimizer(recipe, self.objective, self.partition, outer_steps)
+        return build_optimizer(recipe, self.objective, self.partition, outer_steps, self.recipe.seed)
 
     def _minibatches(self, stream: str, step: int, count: int) -> list[Batch]:
         recipe = self.recipe.optimizer
-        first = step * count
+        first = self.first[stream] + step * count
         return [
             self._placed(
                 self.corpus.batch(
@@ -174,9 +231,20 @@ class Run:
         row = train_row(
             report,
             self.totals,
+            self.recipe.optimizer,
             held_out_loss=held_out_loss,
             peak_memory=peak_memory(self.device),
-            line_search_grid=self.recipe.optimizer.line_search_grid,
         )
         self.writer.write("train", step, row)
         self.console.step(step, report, held_out_loss, name)
+
+
+def held_out_layout(recipe: Recipe, context: int) -> tuple[int, int]:
+    """Returns sequences a batch and batches for evaluation: at least data.held_out_sequences in whole batches.
+
+    A batch holds about as many tokens as a minibatch of 64-token windows: without gradients it is small in memory
+    even with a large vocabulary.
+    """
+    wanted = recipe.data.held_out_sequences
+    per_batch = max(1, min(recipe.optimizer.sequences * 64 // context + 1, wanted))
+    return per_batch, math.ceil(wanted / per_batch)

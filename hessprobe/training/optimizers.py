@@ -5,13 +5,27 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from hessprobe.optimization.baselines import FirstOrderOptimizer
-from hessprobe.optimization.gauss_newton import GaussNewtonOptimizer, GaussNewtonSettings
+from hessprobe.optimization.gauss_newton import GaussNewton
+from hessprobe.optimization.inner_problem import GaussNewtonSettings
 from hessprobe.optimization.report import StepReport
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import OptimizerRecipe
 
-LEARNING_RATES = {"full_gn": 0.02, "adamw": 0.003}
+# What a recipe that names none gets: of the rates tried on the recipe nano, the one with the least held-out loss.
+LEARNING_RATES = {
+    "full_gn": 0.02,
+    "layerwise_gn": 0.02,
+    "prox_linear": 0.02,
+    "adamw": 0.003,
+    "muon": 0.02,
+    "soap": 0.01,
+    "shampoo": 0.01,
+    "sophia": 0.003,
+    "kfac": 1.0,
+}
+INNER_LEARNING_RATES = {"adamw": 0.003, "soap": 0.003}  # of Gauss-Newton by another solver than Muon
+PRECONDITIONED = ("soap", "shampoo", "sophia", "kfac")  # what has something to refresh
 
 
 class OuterOptimizer(Protocol):
@@ -22,34 +36,62 @@ class OuterOptimizer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def build_optimizer(
-    recipe: OptimizerRecipe, objective: Objective, partition: Partition, outer_steps: int
-) -> OuterOptimizer:
-    """Returns the optimizer proper of a recipe, for `outer_steps` steps after the warm-up."""
-    rate = LEARNING_RATES[recipe.name] if recipe.learning_rate is None else recipe.learning_rate
-    clip = recipe.clip or None
-    if recipe.name == "adamw":
-        return FirstOrderOptimizer(
-            objective,
-            partition,
-            solver="adamw",
-            learning_rate=rate,
-            clip=clip,
-            weight_decay=recipe.weight_decay,
-            schedule=recipe.schedule,
-            outer_steps=outer_steps,
-        )
-    settings = GaussNewtonSettings(
-        structure="full",
+def learning_rate(recipe: OptimizerRecipe) -> float:
+    """Returns the learning rate a recipe means: its own, or the default of its optimizer or inner solver."""
+    if recipe.learning_rate is not None:
+        return recipe.learning_rate
+    if recipe.is_gauss_newton:
+        return INNER_LEARNING_RATES.get(recipe.inner_solver, LEARNING_RATES[recipe.name])
+    return LEARNING_RATES[recipe.name]
+
+
+def gauss_newton_settings(recipe: OptimizerRecipe, outer_steps: int) -> GaussNewtonSettings:
+    """Returns the settings of a recipe's Gauss-Newton, for `outer_steps` steps."""
+    given = {
+        "damping": recipe.damping,
+        "cg_iterations": recipe.cg_iterations,
+        "cg_tolerance": recipe.cg_tolerance,
+    }
+    return GaussNewtonSettings(
+        structure="layerwise" if recipe.layerwise else "full",
+        model="prox-linear" if recipe.name == "prox_linear" else "quadratic",
         solver=recipe.inner_solver,
-        learning_rate=rate,
+        learning_rate=learning_rate(recipe),
         schedule=recipe.schedule,
-        clip=clip,
-        line_search_grid=recipe.line_search_grid,
+        clip=recipe.clip or None,
+        inner_steps=recipe.inner_steps,
+        line_search_grid=recipe.step_sizes,
         warm_start=recipe.warm_start,
         outer_steps=outer_steps,
+        **{key: value for key, value in given.items() if value is not None},
     )
-    return GaussNewtonOptimizer(objective, partition, settings)
+
+
+def build_optimizer(
+    recipe: OptimizerRecipe, objective: Objective, partition: Partition, outer_steps: int, seed: int = 0
+) -> OuterOptimizer:
+    """Returns the optimizer proper of a recipe, for `outer_steps` steps after the warm-up.
+
+    Args:
+        seed: of the sampled labels that Sophia and K-FAC estimate curvature from.
+    """
+    if recipe.is_gauss_newton:
+        settings = gauss_newton_settings(recipe, outer_steps)
+        return GaussNewton(objective.model, objective, partition=partition, settings=settings)
+    return FirstOrderOptimizer(
+        objective,
+        partition,
+        solver=recipe.name,
+        learning_rate=learning_rate(recipe),
+        clip=recipe.clip or None,
+        weight_decay=recipe.weight_decay,
+        schedule=recipe.schedule,
+        learning_rate_warmup=recipe.learning_rate_warmup,
+        outer_steps=outer_steps,
+        refresh=recipe.refresh if recipe.name in PRECONDITIONED else None,
+        damping=recipe.damping if recipe.name == "kfac" else None,
+        seed=seed,
+    )
 
 
 def build_warmup(recipe: OptimizerRecipe, objective: Objective, partition: Partition) -> FirstOrderOptimizer:

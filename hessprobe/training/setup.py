@@ -14,10 +14,12 @@ import torch
 
 from hessprobe.errors import UserError
 from hessprobe.problem.corpus import Corpus
+from hessprobe.problem.hub_corpus import HUB, HubCorpus
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.recipe import Recipe
 from hessprobe.store.writer import RunWriter
+from hessprobe.training.checkpoint import Start
 
 RECIPE_FILE = "recipe.toml"
 _LIBRARIES = ("hessprobe", "torch", "curvlinops-for-pytorch", "numpy", "xarray", "zarr")
@@ -52,14 +54,24 @@ def decoder_config(recipe: Recipe) -> DecoderConfig:
     return replace(SIZES[recipe.model.size], **own)
 
 
-def open_corpus(recipe: Recipe) -> Corpus:
+def open_corpus(recipe: Recipe) -> Corpus | HubCorpus:
     """Returns the recipe's corpus, its windows as long as the model's context."""
-    config = decoder_config(recipe)
+    config, data = decoder_config(recipe), recipe.data
+    if data.source.startswith(HUB):
+        return HubCorpus.open(
+            data.source,
+            context=config.context,
+            vocabulary=config.vocabulary,
+            tokenizer=data.tokenizer,
+            end_of_text=data.end_of_text,
+        )
     return Corpus.open(
-        recipe.data.source,
+        data.source,
         context=config.context,
-        held_out_fraction=recipe.data.held_out_fraction,
+        held_out_fraction=data.held_out_fraction,
         vocabulary=config.vocabulary,
+        tokenizer=data.tokenizer,
+        end_of_text=data.end_of_text,
     )
 
 
@@ -70,15 +82,33 @@ def build_model(recipe: Recipe, device: torch.device) -> Decoder:
 
 
 def start_log(
-    recipe: Recipe, folder: Path, device: torch.device, corpus: Corpus, partition: Partition, *, resume: bool
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    corpus: Corpus | HubCorpus,
+    partition: Partition,
+    *,
+    resume: bool,
+    start: Start | None = None,
 ) -> RunWriter:
     """Returns the writer of a new run's log, with its recipe beside it, or of the one to resume.
 
+    Args:
+        start: the other run's weights that this one starts from; in a resumed one only if it must load them again.
+
     Raises:
-        UserError: a folder that cannot be written, or that holds a run already.
+        UserError: a folder that cannot be written, that holds a run already, or that was begun from other weights
+            or on another text.
     """
     if resume:
         writer = RunWriter.reopen(folder)
+        began = json.loads(writer.attributes.get("start_from", "{}"))
+        if start and began.get("parameters_sha256") != start.origin["parameters_sha256"]:
+            writer.close()
+            raise UserError(
+                f"--resume: {folder} has taken no step yet, and {recipe.training.start_from!r} no longer holds the "
+                "weights it was started from: put them back, or start a new run with another --out"
+            )
         before, now = json.loads(writer.attributes["data"]).get("sha256"), corpus.fingerprint["sha256"]
         if before != now:
             writer.close()
@@ -87,7 +117,7 @@ def start_log(
                 f"then, {now} now): put it back, or start a new run with another --out"
             )
     else:
-        writer = RunWriter.create(folder, run_attributes(recipe, folder, device, corpus, partition))
+        writer = RunWriter.create(folder, run_attributes(recipe, folder, device, corpus, partition, start))
     try:
         # For people; what --resume compares with is the log's own copy, which no kill can cut off.
         (folder / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
@@ -101,7 +131,12 @@ def start_log(
 
 
 def run_attributes(
-    recipe: Recipe, folder: Path, device: torch.device, corpus: Corpus, partition: Partition
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    corpus: Corpus | HubCorpus,
+    partition: Partition,
+    start: Start | None = None,
 ) -> dict[str, object]:
     """Returns the root attributes of a log: everything needed to know where its numbers come from."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
@@ -116,6 +151,7 @@ def run_attributes(
         "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
         "data": json.dumps(dict(corpus.fingerprint)),
         "partition": json.dumps(partition.sizes),
+        **({"start_from": json.dumps(start.origin)} if start else {}),
     }
 
 

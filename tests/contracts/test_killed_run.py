@@ -17,9 +17,11 @@ import torch
 
 from tests.training.runs import assert_same_rows, state, tables, text_file, tiny
 
-KILLS, STEPS = 12, 8
+KILLS, STEPS = 50, 8
 # NaN by design: no step is searched for in the warm-up, and the loss is held out at every step.
-MAY_BE_NAN = {"step_size", "line_search_loss", "predicted_decrease", "actual_decrease"}
+MAY_BE_NAN = {
+    "step_size", "line_search_loss", "predicted_decrease", "actual_decrease", "decrease_ratio", "inner_residual",
+}  # fmt: skip
 
 
 class Trainer:

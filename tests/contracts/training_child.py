@@ -15,9 +15,7 @@ import torch
 import hessprobe.report.page
 import hessprobe.training.loop  # what the command line imports when it trains
 from hessprobe.cli import main as command_line
-from hessprobe.optimization.gauss_newton import GaussNewtonOptimizer, GaussNewtonSettings
-from hessprobe.problem.objective import Objective
-from hessprobe.problem.partition import Partition
+from hessprobe.optimization.gauss_newton import GaussNewton
 from hessprobe.problem.transformer import Decoder, DecoderConfig
 
 
@@ -26,7 +24,7 @@ def warm_up() -> None:
     config = DecoderConfig(layers=1, width=8, feedforward=8, heads=2, vocabulary=5, context=4)
     model = Decoder(config, generator=torch.Generator().manual_seed(0))
     batch = (torch.zeros(1, 4, dtype=torch.long),) * 2
-    optimizer = GaussNewtonOptimizer(Objective(model), Partition.of(model), GaussNewtonSettings())
+    optimizer = GaussNewton(model)
     optimizer.step([batch], [batch])
 
 

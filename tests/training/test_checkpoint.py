@@ -9,7 +9,7 @@ import torch
 
 from hessprobe.errors import UserError
 from hessprobe.training import checkpoint
-from hessprobe.training.checkpoint import load_checkpoint, save_checkpoint
+from hessprobe.training.checkpoint import DataPosition, load_checkpoint, save_checkpoint
 from hessprobe.training.train_table import Totals
 
 CPU = torch.device("cpu")
@@ -35,6 +35,18 @@ def test_what_was_saved_comes_back(tmp_path):
     assert torch.equal(found["parameters"], torch.full((3,), 3.0))
     assert found["optimizer"] == {"outer": 3, "solver": []}
     assert found["totals"] == Totals(tokens=30, seconds=0.5)
+    assert (found["data"], found["ended"]) == (DataPosition(), False)
+
+
+def test_the_place_in_the_data_and_the_end_come_back(tmp_path):
+    place = DataPosition(seed=2, first={"train": 4}, read={"train": 32}, bookmarks={"train@2": [16, 1, 2, 3]})
+    save_checkpoint(
+        tmp_path, step=2, parameters=torch.zeros(6), optimizer={}, totals=Totals(), data=place, held_out_loss=2.5,
+        shapes={"a": torch.Size([2, 3])}, ended=True,
+    )  # fmt: skip
+    found = load_checkpoint(tmp_path, CPU)
+    assert found is not None and found["data"] == place
+    assert (found["held_out_loss"], found["ended"], found["shapes"]) == (2.5, True, {"a": [2, 3]})
 
 
 def test_a_later_one_takes_the_place_of_the_earlier(tmp_path):

@@ -1,0 +1,217 @@
+"""A dry run says what a recipe would do without data or network; the paper's recipes have the paper's numbers."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+from hessprobe.problem import corpus, hub_corpus
+from hessprobe.problem.objective import Objective
+from hessprobe.problem.partition import Partition
+from hessprobe.problem.transformer import Decoder, DecoderConfig
+from hessprobe.recipe import OPTIMIZERS, OptimizerRecipe, build_recipe, read_recipe, shipped_recipes
+from hessprobe.training.loop import train
+from hessprobe.training.optimizers import build_optimizer
+from hessprobe.training.plan import _saved_bytes, cost, memory, plan
+from tests.training.runs import tables, text_file
+
+PAPER = {
+    "paper_45m": {
+        "parameters": "45,363,712", "step": "128 minibatches of 32 sequences: 4,194,304 tokens, and 4,194,304 for",
+        "steps": "215, 11 of them AdamW's warm-up: 901,775,360 tokens",
+    },
+    "paper_150m": {
+        "parameters": "134,142,720", "step": "1,831 minibatches of 128 sequences: 239,992,832 tokens, and 239,992,832",
+        "steps": "60 at most, until held-out loss 3.25, 3 of them AdamW's warm-up",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Makes a plan that opens a corpus or a connection fail."""
+    if "shrunken" in request.node.name:
+        return
+
+    def refuse(*_, **__):
+        raise AssertionError("a dry run reads nothing")
+
+    monkeypatch.setattr(corpus.Corpus, "open", refuse)
+    monkeypatch.setattr(hub_corpus.HubCorpus, "open", refuse)
+    monkeypatch.setattr(socket, "socket", refuse)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_has_a_plan(name):
+    text = plan(build_recipe(read_recipe(name)))
+    for part in (
+        "embedding",
+        "block.0",
+        "head",
+        "total",
+        "tokens",
+        "gradients of a minibatch",
+        "at the peak",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipes_have_the_papers_numbers(name):
+    recipe = build_recipe(read_recipe(name))
+    text = plan(recipe)
+    for part in PAPER[name].values():
+        assert part in text
+    assert recipe.data.source == "hub:allenai/c4/en" and recipe.data.tokenizer == "t5-base"
+    optimizer, training = recipe.optimizer, recipe.training
+    assert optimizer.warmup_steps / training.steps == pytest.approx(0.05, rel=0.03)
+    assert (optimizer.inner_solver, optimizer.clip, optimizer.warm_start) == ("muon", 1.0, True)
+    assert optimizer.step_sizes == 5 and optimizer.searched == optimizer.minibatches
+    if name == "paper_45m":
+        read = training.steps * optimizer.minibatches * optimizer.sequences * 1024
+        assert read == pytest.approx(0.9e9, rel=0.01)
+
+
+def test_a_study_lists_its_runs():
+    text = plan(build_recipe(read_recipe("iteration_complexity")))
+    study = build_recipe(read_recipe("iteration_complexity")).study
+    assert study is not None
+    runs = 3 + sum(len(v.learning_rates) + 2 for v in study.variants)
+    assert f"{runs} runs at 3 seeds" in text
+    for variant in study.variants:
+        assert f"\n{variant.name}, learning rates" in text
+    assert "at 5 seeds" in plan(build_recipe(read_recipe("iteration_complexity")), seeds=5)
+
+
+def test_what_does_not_fit_a_gpu_says_how_it_would():
+    text = plan(build_recipe(read_recipe("paper_150m")))
+    assert "does not fit 80 GB; 8 sequences a minibatch would (--set optimizer.sequences=)" in text
+    assert "does not fit" not in plan(build_recipe(read_recipe("nano")))
+    smaller = build_recipe(read_recipe("paper_150m"), ["optimizer.sequences=8"])
+    assert "does not fit" not in plan(smaller) and smaller.optimizer.batch == 234368
+    huge = build_recipe(read_recipe("paper_150m"), ["model.context=65536", "optimizer.sequences=1"])
+    assert "nor does a minibatch of 1 sequence" in plan(huge)
+
+
+def config(**changes) -> DecoderConfig:
+    sizes = {
+        "layers": 2,
+        "width": 16,
+        "feedforward": 64,
+        "heads": 2,
+        "vocabulary": 50,
+        "context": 8,
+        **changes,
+    }
+    return DecoderConfig(**sizes)
+
+
+def problem(**changes) -> tuple[Decoder, Partition]:
+    model = Decoder(config(**changes), generator=torch.Generator().manual_seed(0))
+    return model, Partition.of(model)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_cost_of_a_step_is_what_the_step_reports(name):
+    model, partition = problem()
+    recipe = OptimizerRecipe(name=name, minibatches=2, line_search_minibatches=3, learning_rate=1e-3)
+    optimizer = build_optimizer(recipe, Objective(model), partition, 5)
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randint(50, (2, 8), generator=generator), torch.randint(50, (2, 8), generator=generator))
+        for _ in range(5)
+    ]
+    steps = 10 if name == "sophia" else 2  # sophia estimates curvature in every tenth
+    spent = [optimizer.step(batches[:2], batches[2:]).gradient_equivalents for _ in range(steps)]
+    expected = sum(spent) / steps if name == "sophia" else spent[-1]
+    if name == "kfac":  # by operations, which depend on the shapes: the plan says the most
+        assert 0.6 * cost(recipe, model, partition) < expected <= cost(recipe, model, partition)
+    else:
+        assert cost(recipe, model, partition) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "soap", "shampoo", "sophia", "kfac", "full_gn"])
+def test_the_optimizers_state_is_counted(name):
+    """Against the tensors of its state_dict, which is what a checkpoint holds beside theta."""
+    model, partition = problem(vocabulary=9)
+    recipe = OptimizerRecipe(name=name, minibatches=1, line_search_minibatches=1)
+    optimizer = build_optimizer(recipe, Objective(model), partition, 5)
+    tokens = torch.randint(9, (2, 8), generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        optimizer.step([(tokens, tokens)], [(tokens, tokens)])
+
+    def count(value) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.numel() if value.dim() else 0
+        values = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        )
+        return sum(map(count, values))
+
+    held = 4 * count(optimizer.state_dict())
+    copies = memory(recipe, model, partition).state - held
+    # Beside it Gauss-Newton holds theta, the step and its gradient by group; a baseline theta before and after.
+    assert copies / (4 * partition.size) == pytest.approx(3 if name == "full_gn" else 2, abs=0.02)
+
+
+def test_what_a_forward_pass_saves_is_what_real_tensors_take():
+    shape = config(attention="math")
+    model, found = Decoder(shape, generator=torch.Generator().manual_seed(0)), {}
+    own = {p.data_ptr() for p in model.parameters()}
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda t: t):
+        model(torch.zeros(1, 8, dtype=torch.long))
+    real = sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in own)
+    assert _saved_bytes(config()) == pytest.approx(real, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a tokenizer.json of words, with T5's name for the end of a text."""
+    rules = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
+    )
+    rules.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    trainer = tokenizers.trainers.WordLevelTrainer(
+        vocab_size=20, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    rules.train_from_iterator([text_file(folder).read_text()], trainer)
+    rules.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("method", ["full_gn", "layerwise_gn", "soap", "muon"])
+@pytest.mark.parametrize("name", PAPER)
+def test_three_steps_of_a_shrunken_copy(tmp_path, small_tokenizer, name, method):
+    shrunken = build_recipe(read_recipe(name), [
+        f"data.source={text_file(tmp_path)}", f"data.tokenizer={small_tokenizer}", "data.held_out_sequences=4",
+        "model.layers=1", "model.width=8", "model.feedforward=8", "model.heads=2", "model.vocabulary=32",
+        "model.context=8", "optimizer.sequences=2", "optimizer.batch=4", "training.steps=3",
+        "optimizer.warmup_steps=1", "training.threads=1", f"optimizer.name={method}",
+    ])  # fmt: skip
+    train(shrunken, tmp_path / "run")
+    table = tables(tmp_path / "run")["train"]
+    assert table.step.values.tolist() == [0, 1, 2]
+    assert np.isfinite(table.held_out_loss.values).all()
+    assert table.tokens.values.tolist() == [32, 64, 96]
+    assert (table.line_search_tokens.values[-1] > 0) == method.endswith("_gn")
+
+
+def test_dry_run_prints_and_makes_nothing(tmp_path):
+    call = [sys.executable, "-m", "hessprobe", "train", "paper_45m", "--dry-run", "--optimizer", "soap"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and "45,363,712" in done.stdout and "optimizer soap" in done.stdout
+    assert not list(tmp_path.iterdir())
