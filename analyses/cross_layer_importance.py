@@ -1,4 +1,4 @@
-"""Which layers couple, and how much of a step's curvature lies between them? Figures and findings of runs.
+"""Which layers couple, how much of a step's curvature lies between them, and which should a preconditioner join?
 
 python analyses/cross_layer_importance.py runs/nano --out figures
 """
@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-import xarray as xr
-from matplotlib.figure import Figure
 
 from hessprobe import analysis
 from hessprobe.errors import UserError
-from hessprobe.report import figures
-
-Draw = Callable[[xr.DataTree], tuple[Figure, xr.Dataset | xr.DataArray]]
+from hessprobe.report.figure_set import save_figures
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,33 +24,31 @@ def main(arguments: list[str] | None = None) -> int:
         "--step", type=int, help="the step whose coupling is drawn (default: the last measured)"
     )
     given = parser.parse_args(arguments)
-    drawings: dict[str, Draw] = {
-        "coupling": lambda run: figures.coupling_heatmap(run, given.step),
-        "cross_share": figures.cross_share_over_training,
-        "loss": figures.loss_curve,
-    }
     try:
         for path, label in zip(given.runs, labels(given.runs), strict=True):
-            study(path, given.out, label, drawings)
+            study(path, given.out, label, given.step)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def study(path: Path, out: Path, label: str, drawings: dict[str, Draw]) -> None:
+def study(path: Path, out: Path, label: str, step: int | None) -> None:
     """Draws one run's figures, prints its findings on cross-layer importance and the files written."""
     run = analysis.load_run(path)
-    analysis.require_table(run, "cross_layer")
+    table = analysis.require_table(run, "cross_layer")
+    groupings = analysis.study_groupings(table)
     print(f"{path}")
-    for finding in analysis.findings(run):
+    for finding in analysis.findings(run, groupings):
         print(f"  {finding.sentence} ({finding.basis})")
-    for name, draw in drawings.items():
-        if name == "loss" and "train" not in run.children:
-            continue  # a run recorded around the user's own loop
-        figure, _ = draw(run)
-        for written in figures.save(figure, out, f"{label}{name}"):
-            print(f"  wrote {written}")
+    # A run recorded around the user's own loop holds no table on training.
+    found = save_figures(
+        run, out, prefix=label, step=step, training="train" in run.children, groupings=groupings
+    )
+    for written in found.written:
+        print(f"  wrote {written}")
+    for name, reason in found.left_out.items():
+        print(f"  no figure {name}: {reason}")
 
 
 def labels(runs: list[Path]) -> list[str]:

@@ -50,6 +50,25 @@ def cross_share(step_curvature: xr.DataArray) -> xr.DataArray:
     return result.rename("cross_share")
 
 
+def jacobi_radius(table: xr.Dataset) -> xr.Dataset:
+    """Returns how far a layerwise step overshoots (step): `low` and `high`, its two estimates in order, and `damping`.
+
+    lambda_max((D + mu)^-1 (G + mu)): `high` from the sketches themselves, `low` along a direction found on half of the
+    sequences and judged on the other; noise may swap them. The largest stable layerwise step is below 2 over it.
+    """
+    rows = sound_rows(table, "jacobi_radius")
+    own = rows["jacobi_radius"].values if "jacobi_radius" in rows else np.empty(0)
+    held_out = rows["jacobi_radius_held_out"].values if "jacobi_radius_held_out" in rows else own
+    return xr.Dataset(
+        {
+            "low": ("step", np.fmin(own, held_out)),
+            "high": ("step", np.fmax(own, held_out)),
+            "damping": ("step", np.full(own.size, float(table.attrs.get("jacobi_damping", np.nan)))),
+        },
+        coords={"step": rows["step"].values},
+    )
+
+
 def depths(blocks: np.ndarray) -> np.ndarray:
     """Returns each block's depth (l,): N for `block.N`, one before the first for the embedding, one after for
     the head; NaN for a block with no single place (a tied `embedding+head`, names of the user's own)."""

@@ -5,17 +5,28 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.coupling import coupling_by_distance, cross_share, off_block_energy, strongest_pairs
+from hessprobe.analysis.coupling import (
+    coupling_by_distance,
+    cross_share,
+    jacobi_radius,
+    off_block_energy,
+    strongest_pairs,
+)
 from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.rows import sound_rows
-from hessprobe.analysis.trend import STANDARD_ERRORS, Trend, trend
+from hessprobe.analysis.trend import STANDARD_ERRORS, Trend, standard_errors_of_largest, trend
 from hessprobe.analysis.wording import basis, counted, percent, plus_minus
 
 
 def cross_layer_findings(table: xr.Dataset) -> list[Finding]:
-    """Returns the findings on cross-layer curvature, most important first."""
-    asked = (off_block, update_share, strongest_pair, distance, off_block_trend, update_share_trend)
-    found = [ask(table) for ask in asked]
+    """Returns the findings on cross-layer curvature at the last measured step, most important first."""
+    found = [ask(table) for ask in (off_block, update_share, strongest_pair, distance, overshoot)]
+    return [finding for finding in found if finding is not None]
+
+
+def cross_layer_trends(table: xr.Dataset) -> list[Finding]:
+    """Returns how cross-layer curvature moves over training; none with fewer than four measured rows."""
+    found = [ask(table) for ask in (off_block_trend, update_share_trend)]
     return [finding for finding in found if finding is not None]
 
 
@@ -114,7 +125,8 @@ def strongest_pair(table: xr.Dataset) -> Finding | None:
     # One set of probes serves all pairs, so errors may be correlated: they are added, not their squares.
     rivals = int((values[0] - values[1:] <= STANDARD_ERRORS * (errors[0] + errors[1:])).sum())
     number = f"coupling {plus_minus(value, stderr)} on a scale from 0 to 1"
-    if not value > STANDARD_ERRORS * stderr:
+    resolved = value > standard_errors_of_largest(values.size) * stderr
+    if not resolved:
         sentence = f"At step {step:,}, no pair of layers has a coupling resolved from zero."
     elif rivals:
         sentence = (
@@ -130,7 +142,7 @@ def strongest_pair(table: xr.Dataset) -> Finding | None:
         stderr=stderr,
         basis=basis(row),
         steps=(step,),
-        resolved=value > STANDARD_ERRORS * stderr,
+        resolved=resolved,
     )
 
 
@@ -161,6 +173,26 @@ def distance(table: xr.Dataset) -> Finding | None:
         basis=basis(rows.isel(step=-1)),
         steps=(step,),
         resolved=resolved,
+    )
+
+
+def overshoot(table: xr.Dataset) -> Finding | None:
+    """Returns how far a layerwise step overshoots at the last measured step, between its two estimates."""
+    rows = jacobi_radius(table)
+    if rows.sizes["step"] == 0:
+        return None
+    row, whole = rows.isel(step=-1), sound_rows(table, "jacobi_radius").isel(step=-1)
+    low, high, step = float(row["low"]), float(row["high"]), int(row["step"])
+    most = table.sizes["block"]
+    return Finding(
+        name="jacobi_radius",
+        sentence=f"At step {step:,}, layerwise Gauss-Newton overshoots {low:.3g} to {high:.3g} times along its worst "
+        f"direction (1 is not at all, {most} the most that {most} layers can): layerwise steps beyond "
+        f"{2 / high:.2g} to {2 / low:.2g} of its own length diverge there.",
+        value=low,
+        stderr=None,
+        basis=f"{basis(whole, exact=True)}, damping {float(row['damping']):g}; one estimate rather low, one rather high",
+        steps=(step,),
     )
 
 

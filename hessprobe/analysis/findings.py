@@ -9,17 +9,28 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.cross_layer_findings import cross_layer_findings
+from hessprobe.analysis.cross_layer_findings import cross_layer_findings, cross_layer_trends
 from hessprobe.analysis.finding import Finding
+from hessprobe.analysis.grouping_findings import grouping_findings
+from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
 from hessprobe.analysis.training import measuring_costs, summarize_training
 from hessprobe.analysis.wording import counted, percent
 
 
-def findings(run: xr.DataTree) -> list[Finding]:
-    """Returns the findings of a run, most important first; empty where nothing was recorded yet."""
+def findings(run: xr.DataTree, groupings: GroupingStudy | None = None) -> list[Finding]:
+    """Returns the findings of a run, most important first; empty where nothing was recorded yet.
+
+    Args:
+        run: an opened run.
+        groupings: what `study_groupings` said of its `cross_layer` table, where it was asked before: it takes seconds
+            where layer kernels of two or more rounds were recorded.
+    """
     found: list[Finding] = []
     if "cross_layer" in run.children:
-        found += cross_layer_findings(run["cross_layer"].to_dataset())
+        table = run["cross_layer"].to_dataset()
+        found += cross_layer_findings(table)
+        found += grouping_findings(study_groupings(table) if groupings is None else groupings)
+        found += cross_layer_trends(table)
     if "train" in run.children:
         found += _held_out(run["train"].to_dataset())
     return found + _cost(run)

@@ -1,4 +1,4 @@
-"""A log read into memory once: what is small is loaded, so that a chunk that cannot be read is met here and said."""
+"""A log read into memory once, but for layer kernels, so that a chunk that cannot be read is met here and said."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import xarray as xr
 from hessprobe.errors import UserError
 from hessprobe.store.reader import open_run
 
-# Layer kernels of a long run can be larger than memory; everything else is far below this.
-LOADED_UP_TO = 64 * 2**20
+# Layer kernels of a long run can be larger than memory, and a few rows of them are looked at. Everything else is small:
+# above this it would be no log of ours.
+LOADED_UP_TO = 256 * 2**20
+LAZY = "other_sketch"
 
 
 def load_run(path: Path | str) -> xr.DataTree:
-    """Returns a run as `open_run` does, with every variable up to 64 MiB in memory; larger ones stay lazy.
+    """Returns a run as `open_run` does, with every variable up to 256 MiB in memory; layer kernels stay lazy.
 
     Raises:
         UserError: no run there, a newer version wrote it, or a table is damaged.
@@ -23,9 +25,13 @@ def load_run(path: Path | str) -> xr.DataTree:
     tables: dict[str, xr.Dataset] = {"/": run.to_dataset()}
     for name in run.children:
         table = run[name].to_dataset()
-        small = [variable for variable in table.data_vars if table[variable].nbytes <= LOADED_UP_TO]
+        small = [
+            variable
+            for variable, values in table.data_vars.items()
+            if LAZY not in values.dims and values.nbytes <= LOADED_UP_TO
+        ]
         try:
-            tables[f"/{name}"] = table.assign({variable: table[variable].load() for variable in small})
+            tables[f"/{name}"] = table.assign(table[small].load().data_vars)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
                 f"{path}: table {name!r} is damaged ({error}); copy the run again from where it was recorded"

@@ -1,39 +1,23 @@
-"""Damped Gauss-Newton solves for any grouping of blocks, in the M x M space of sketches, cross-fitted.
+"""Held-out decreases of any grouping of blocks, in the M x M space of sketches, cross-fitted.
 
-For a group S of blocks, d_S = -(1/mu)(g_S - W_S^T (K_SS + z)^-1 W_S g_S) (Woodbury) needs only the stored kernels.
-Two corrections make it stand for the exact solve on the same sequences. z < mu: a solve in a sketched G acts like an
-exact one at the larger damping kappa(z) = 1 / sum_k u_k / (lambda_k + z) (Silverstein 1995; generalised
-cross-validation), so each group takes the z with kappa(z) = mu. And the curvature is d1.(G_held + mu)d2 with d1, d2
-from different rounds of the same sequences, so that the sketches' noise is not squared.
+Every group is solved for on one half of the sequences (`sketched_solve`) and judged on the other. The curvature is
+d1.(G_held + mu)d2 with d1, d2 from different rounds of the same sequences, so that the sketches' noise is not squared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
+from hessprobe.analysis.sketched_solve import Part, coefficients, least_damping
 from hessprobe.analysis.sketches import Sketches
 from hessprobe.errors import UserError, unknown_name
 
 Group = tuple[int, ...]
 STRUCTURES = ("layerwise", "full")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Part:
-    """Sketches that one solve is built from: some rounds of half of the sequences, in order of sequence."""
-
-    index: np.ndarray  # (n r,) into all sketches
-    root: np.ndarray  # (n r,) square roots of their weights in G
-    rounds: int
-
-    @cached_property
-    def own(self) -> np.ndarray:
-        """(n, r) places of each sequence's sketches."""
-        return np.arange(len(self.index)).reshape(-1, self.rounds)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +28,7 @@ class _Way:
     judged: np.ndarray  # (n',) sequences
     share: np.ndarray  # (n,) of the tokens in `built`
     judged_share: np.ndarray
-    parts: tuple[_Part, _Part]
+    parts: tuple[Part, Part]
     judges: np.ndarray  # (n' R,) sketches in order of sequence
     weight: np.ndarray  # (n' R,) their weights in G_held
 
@@ -87,6 +71,9 @@ class _Piece:
 class CrossFit:
     """Held-out decreases of any grouping at one damping; a group is solved once, whatever groupings it is part of.
 
+    The systems are small and many: more BLAS threads than one wait for each other at every of them (measured 4 to 20
+    times slower), so solves run on one, whatever the process is set to.
+
     Args:
         sketches: of one batch.
         damping: mu, above 0, of the exact solve that is meant.
@@ -102,30 +89,37 @@ class CrossFit:
         halves = [np.arange(start, len(sketches.tokens), 2) for start in (0, 1)]
         self.ways = [self._way(*halves), self._way(*halves[::-1])]
         self._pieces: dict[Group, tuple[_Piece, _Piece]] = {}
+        self._blas = ThreadpoolController()
 
     def decrease(self, groups: Sequence[Group]) -> np.ndarray:
         """Returns (g.d)^2 / (2 d.(G_held + mu)d) in nats (1 + b,), the mean over both ways: of all sequences, then
         with each left out. NaN where the curvature comes out below zero."""
-        return self._decrease(self._direction(groups))
+        with self._one_thread():
+            return self._decrease(self._direction(groups))
 
     def decreases_joined(
         self, groups: Sequence[Group], *, left_out: bool = True
     ) -> dict[tuple[Group, Group], np.ndarray]:
         """Returns `decrease` for every two of the groups joined, the others left as they are: (1 + b,) or, without
         `left_out`, (1,)."""
-        directions, found = self._direction(groups), {}
-        for k, second in enumerate(groups):
-            for first in groups[:k]:
-                parts = list(zip(directions, *map(self.pieces, (first, second, first + second)), strict=True))
-                if not left_out:
-                    parts = [tuple(piece.whole() for piece in way) for way in parts]
-                one, other = (all_of - a - b + joined for all_of, a, b, joined in parts)
-                found[first, second] = self._decrease((one, other), left_out)
-        return found
+        with self._one_thread():
+            together = self._direction(groups, left_out)
+            found = {}
+            for k, second in enumerate(groups):
+                for first in groups[:k]:
+                    three = (self.pieces(group, left_out) for group in (first, second, first + second))
+                    one, other = (
+                        whole - a - b + joined for whole, a, b, joined in zip(together, *three, strict=True)
+                    )
+                    found[first, second] = self._decrease((one, other), left_out)
+            return found
 
-    def _direction(self, groups: Sequence[Group]) -> tuple[_Piece, _Piece]:
+    def _one_thread(self):
+        return self._blas.limit(limits=1, user_api="blas")
+
+    def _direction(self, groups: Sequence[Group], left_out: bool = True) -> tuple[_Piece, _Piece]:
         """Returns the sum of the groups' pieces, for either way."""
-        members = [self.pieces(group) for group in groups]
+        members = [self.pieces(group, left_out) for group in groups]
         return _total([m[0] for m in members]), _total([m[1] for m in members])
 
     def _decrease(self, pieces: tuple[_Piece, _Piece], left_out: bool = True) -> np.ndarray:
@@ -144,37 +138,37 @@ class CrossFit:
             found[1 + way.judged] += judged / 2
         return found
 
-    def pieces(self, group: Group) -> tuple[_Piece, _Piece]:
-        """Returns what a group of blocks adds to the direction, for either way."""
+    def pieces(self, group: Group, left_out: bool = True) -> tuple[_Piece, _Piece]:
+        """Returns what a group of blocks adds to the direction, for either way; without `left_out`, with every
+        sequence alone, which is cheaper."""
         group = tuple(sorted(group))
-        if group not in self._pieces:
+        first, second = self._pieces.get(group, (None, None))
+        if first is None or second is None or (left_out and len(first.slope) == 1):
             s, chosen = self.sketches, list(group)
             kernel, alignment = s.kernel[chosen].sum(0, dtype=float), s.alignment[chosen].sum(0)
             norm2 = float(s.norm2[chosen].sum())
-            first, second = (self._piece(way, kernel, alignment, norm2) for way in self.ways)
+            with self._one_thread():
+                first, second = (self._piece(way, kernel, alignment, norm2, left_out) for way in self.ways)
             self._pieces[group] = (first, second)
-        return self._pieces[group]
+        return (first, second) if left_out else (first.whole(), second.whole())
 
     def freedom(self, group: Group) -> float:
         """Returns the share of the sketches' degrees of freedom that the group's solves leave, 1 - d_eff(mu) / m."""
-        return min(piece.freedom for piece in self.pieces(group))
+        return min(piece.freedom for piece in self.pieces(group, left_out=False))
 
     def least_damping(self, group: Group, freedom: float) -> float:
         """Returns the smallest damping at which the group's solves leave that share of the sketches' freedom."""
-        chosen, found = list(group), []
-        for way in self.ways:
-            for part in way.parts:
-                scaled = self.sketches.kernel[chosen].sum(0)[np.ix_(part.index, part.index)]
-                values, vectors = np.linalg.eigh(scaled * part.root[:, None] * part.root)
-                values, u = np.maximum(values, 0.0), part.root**2 @ vectors**2
-                # The freedom sum_k u_k z / (lambda_k + z) rises with z: bisection in log z.
-                low, high = -60.0, float(np.log(values[-1] + 1e-300)) + 10
-                for _ in range(60):
-                    middle = (low + high) / 2
-                    z = np.exp(middle)
-                    low, high = (low, middle) if u @ (z / (values + z)) >= freedom else (middle, high)
-                found.append(np.exp(high) / freedom)
-        return float(max(found))
+        kernel = self.sketches.kernel[list(group)].sum(0)
+        with self._one_thread():
+            return max(least_damping(part, kernel, freedom) for way in self.ways for part in way.parts)
+
+    def names(self, group: Group) -> tuple[str, ...]:
+        """Returns the names of a group's blocks."""
+        return tuple(self.sketches.blocks[i] for i in group)
+
+    def name(self, group: Group) -> str:
+        """Returns a group's own name, `block.0 + block.1`."""
+        return " + ".join(self.names(group))
 
     def groups(self, grouping: str | Sequence[Sequence[str]]) -> list[Group]:
         """Returns a grouping as block indices: "layerwise", "full", or groups of names, each block in one of them.
@@ -218,19 +212,31 @@ class CrossFit:
             weight=np.repeat(judged_share / s.rounds, s.rounds),
         )
 
-    def _part(self, built: np.ndarray, share: np.ndarray, which: int) -> _Part:
+    def _part(self, built: np.ndarray, share: np.ndarray, which: int) -> Part:
         rounds = np.unique(self.sketches.round)[which::2]
         root = np.sqrt(np.repeat(share / len(rounds), len(rounds)))
-        return _Part(index=self._sketches_of(built, rounds), root=root, rounds=len(rounds))
+        return Part(index=self._sketches_of(built, rounds), root=root, rounds=len(rounds))
 
     def _sketches_of(self, sequences: np.ndarray, rounds: np.ndarray) -> np.ndarray:
         s = self.sketches
         index = np.flatnonzero(np.isin(s.sequence, sequences) & np.isin(s.round, rounds))
         return index[np.lexsort((s.round[index], s.sequence[index]))]
 
-    def _piece(self, way: _Way, kernel: np.ndarray, alignment: np.ndarray, norm2: float) -> _Piece:
+    def _piece(
+        self, way: _Way, kernel: np.ndarray, alignment: np.ndarray, norm2: float, left_out: bool
+    ) -> _Piece:
         mu, (one, two) = self.damping, way.parts
-        (y1, z1), (y2, z2) = (self._coefficients(way, part, kernel, alignment) for part in way.parts)
+        (y1, z1), (y2, z2) = (
+            coefficients(
+                part,
+                kernel,
+                alignment,
+                damping=mu,
+                corrected=self.corrected,
+                left_out=way.share if left_out else way.share[:0],
+            )
+            for part in way.parts
+        )
         onto = [y @ kernel[np.ix_(part.index, way.judges)] for y, part in ((y1, one), (y2, two))]
         slopes = [y @ alignment[part.index] for y, part in ((y1, one), (y2, two))]
         between = np.einsum("bm,bm->b", y1 @ kernel[np.ix_(one.index, two.index)], y2)
@@ -240,47 +246,6 @@ class CrossFit:
             norm2=(norm2 - slopes[0] - slopes[1] + between) / mu**2,
             freedom=min(z1, z2) / mu,
         )
-
-    def _coefficients(
-        self, way: _Way, part: _Part, kernel: np.ndarray, alignment: np.ndarray
-    ) -> tuple[np.ndarray, float]:
-        """Returns y (1 + n, m) with d_S = -(g_S - W_S^T y)/mu, for all sequences and with each left out, and z."""
-        scaled = kernel[np.ix_(part.index, part.index)] * part.root[:, None] * part.root
-        values, vectors = np.linalg.eigh(scaled)
-        values = np.maximum(values, 0.0)
-        z = inner_damping(values, vectors, part.root**2, self.damping) if self.corrected else self.damping
-        rotated = vectors.T @ (part.root * alignment[part.index])
-        # Left out, the others' weights grow by 1 / (1 - share): the same as damping less by that.
-        inverse = 1 / (values + z * np.concatenate([[1.0], 1 - way.share])[:, None])  # (1 + n, m)
-        y = (inverse * rotated) @ vectors.T
-        # Rows and columns D leave a system solved with P = (K + z)^-1: y - P[:, D] P[D, D]^-1 y[D].
-        columns = (inverse[1:, None] * vectors[part.own]) @ vectors.T  # P[:, D] (n, r, m)
-        corner = np.take_along_axis(columns, part.own[:, None, :], axis=2)  # P[D, D] (n, r, r)
-        own = np.take_along_axis(y[1:], part.own, axis=1)
-        y[1:] -= np.einsum("nr,nrm->nm", np.linalg.solve(corner, own[..., None])[..., 0], columns)
-        return y * part.root, z
-
-
-def inner_damping(values: np.ndarray, vectors: np.ndarray, weights: np.ndarray, damping: float) -> float:
-    """Returns z in (0, damping] at which a sketched solve acts like an exact one at `damping`.
-
-    1 / kappa(z) = sum_k u_k / (lambda_k + z) with u_k = sum_m c_m V_mk^2: kappa rises with z and is concave, so
-    Newton's method converges from the left. Where even z = 0 acts like more than `damping`, 1e-3 damping is returned: there
-    are too few sketches for that damping.
-
-    Args:
-        values, vectors: eigenvalues (m,) and eigenvectors (m, m) of the weighted Gram matrix.
-        weights: c (m,), which sum to 1.
-    """
-    u = weights @ vectors**2
-    z = floor = 1e-3 * damping
-    for _ in range(50):
-        inverse = 1 / (values + z)
-        kappa = 1 / (u @ inverse)
-        if kappa >= damping * (1 - 1e-10):
-            break
-        z += (damping - kappa) / (kappa**2 * (u @ inverse**2))
-    return float(min(max(z, floor), damping))
 
 
 def _best_step(slope: np.ndarray, curvature: np.ndarray) -> np.ndarray:

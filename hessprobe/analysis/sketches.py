@@ -23,8 +23,8 @@ class Sketches:
         tokens: (b,) tokens with a target; sequences weigh by them.
 
     Raises:
-        UserError: shapes that do not belong together, fewer than 4 sequences, fewer than 2 rounds, or sequences with
-            different rounds.
+        UserError: shapes that do not belong together, numbers that are not finite, fewer than 4 sequences, fewer than
+            2 rounds, or sequences with different rounds.
     """
 
     blocks: tuple[str, ...]
@@ -44,6 +44,10 @@ class Sketches:
                 raise UserError(
                     f"Sketches: wanted {name} {shape} for {layers} blocks and {m} sketches, got {got}"
                 )
+        if not all(np.isfinite(each).all() for each in (self.kernel, self.alignment, self.norm2)):
+            raise UserError(
+                "the layer kernels of this row are not finite; measure at a step whose gradients are"
+            )
         if count < 4:
             raise UserError(
                 f"{count} sequences: cross-fitting with an error needs two in each half; measure with 4 or more"
@@ -72,13 +76,18 @@ def sketches_of(row: xr.Dataset) -> Sketches:
     Sketches that the row did not take (it may take more rounds than another) are NaN in the table, and left out.
 
     Raises:
-        UserError: as `Sketches`.
+        UserError: as `Sketches`, or the stored kernels cannot be read.
     """
     taken = np.flatnonzero(np.isfinite(row["sequence_tokens"].values))
     sequence = np.asarray(row.attrs["sketch_sequence"])[taken]
     tokens = np.zeros(sequence.max(initial=-1) + 1)
     tokens[sequence] = row["sequence_tokens"].values[taken]
-    kernel = row["kernel"].values[:, taken][:, :, taken].astype(np.float64)
+    try:
+        kernel = row["kernel"].values[:, taken][:, :, taken].astype(np.float64)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"the layer kernels of this row are damaged ({error}); copy the run again from where it was recorded"
+        ) from error
     return Sketches(
         blocks=tuple(str(name) for name in row["block"].values),
         kernel=(kernel + kernel.swapaxes(1, 2)) / 2,

@@ -7,11 +7,21 @@ squares) and what their own measuring errors imply. Four rows and two standard e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 MINIMUM_ROWS = 4
 STANDARD_ERRORS = 2.0
+
+
+def standard_errors_of_largest(count: int) -> float:
+    """Returns how many standard errors the largest of `count` numbers must lie beyond to be claimed.
+
+    As rarely exceeded by pure noise as two are by a single number (Bonferroni).
+    """
+    normal = NormalDist()
+    return -normal.inv_cdf(normal.cdf(-STANDARD_ERRORS) / max(count, 1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ def percent(value: float, stderr: float | None = None) -> str:
 
 
 def basis(row: xr.Dataset, *, exact: bool = False) -> str:
-    """Returns what one row rests on: `16 sequences, 1,024 tokens, 8 probes a block, damping 0.001`.
+    """Returns what one row rests on: `16 sequences, 1,024 tokens, 1 round of sketches, damping 0.001`.
 
     A number that is exact on its batch rests on no random probes; `exact` leaves them out.
     """
@@ -43,6 +43,9 @@ def basis(row: xr.Dataset, *, exact: bool = False) -> str:
         count = float(row[name]) if name in row else math.nan
         if math.isfinite(count):
             said.append(f"{int(count):,} {name if count != 1 else name[:-1]}")
+    rounds = math.nan if exact or "rounds" not in row else float(row["rounds"])
+    if math.isfinite(rounds):
+        said.append(counted(int(rounds), "round") + " of sketches")
     samples = None if exact else row.attrs.get("samples")
     if samples:
         said.append(f"{samples} probes a block")

@@ -181,7 +181,7 @@ def by_distance() -> go.Figure:
         mode="markers",
         name="pairs",
         marker={"color": SECOND, "size": 5, "opacity": 0.55},
-        hovertemplate="%{customdata}<br>coupling %{y:.3g}<extra></extra>",
+        hovertemplate="%{customdata[0]}<br>coupling %{y:.3g} ± %{customdata[1]:.2g}<extra></extra>",
     )
     figure.add_scatter(
         mode="lines+markers",

@@ -12,9 +12,11 @@ import xarray as xr
 
 from hessprobe.analysis import coupling, coupling_by_distance, cross_share, curvature_shares, off_block_energy
 from hessprobe.analysis.coupling import depths
+from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
 from hessprobe.analysis.rows import failed_rows, sound_rows
 from hessprobe.analysis.wording import basis
 from hessprobe.report.charts import ACCENT, SECOND, Series, by_distance, evenly_spaced, matrix, over_steps
+from hessprobe.report.grouping import grouping_charts, grouping_content, overshoot_chart
 from hessprobe.report.section import Section, table_or_reason
 
 # Numbers the slider can show, all steps together: 4 bytes each, a third more as base64: about 6 MB of page.
@@ -23,14 +25,20 @@ DIRECTIONS = {"update": "the update", "negative_gradient": "−gradient"}
 SHOWN_DIMENSIONS = ("step", "direction", "block", "other_block")
 
 
-def cross_layer(run: xr.DataTree) -> Section:
-    """Returns the section on cross-layer importance, or one that says which flag records it."""
+def cross_layer(run: xr.DataTree, groupings: GroupingStudy | None = None) -> Section:
+    """Returns the section on cross-layer importance, or one that says which flag records it.
+
+    Args:
+        run: an opened run.
+        groupings: what `study_groupings` said of its table, where it was asked before (it takes seconds).
+    """
     section = partial(
         Section, name="cross_layer", title="Cross-layer importance", template="cross_layer.html.j2"
     )
     table, reason = table_or_reason(run, "cross_layer")
     if table is None:
         return section(missing=reason)
+    study = study_groupings(table) if groupings is None else groupings
     # Only what is shown: other variables (layer kernels) can be far larger than memory.
     table = table.drop_dims([dim for dim in table.dims if dim not in SHOWN_DIMENSIONS]).load()
     rows, failed = sound_rows(table, "coupling"), failed_rows(table)
@@ -39,13 +47,20 @@ def cross_layer(run: xr.DataTree) -> Section:
     frames = _frames(rows)
     content = {
         "directions": {key: words for key, words in DIRECTIONS.items() if f"share.{key}" in frames["stacks"]},
+        "blocks": rows.sizes["block"],
         "measured": rows.sizes["step"],
         "kept": len(frames["steps"]),
         "basis": basis(rows.isel(step=-1)),
         "symmetry_gap": _largest(rows, "symmetry_gap"),
         "has_distance": bool(np.isfinite(depths(rows["block"].values)).sum() > 1),
+        "grouping": grouping_content(study),
+        "jacobi_damping": float(table.attrs.get("jacobi_damping", np.nan)),
     }
-    return section(content=content, charts=_charts(table, rows), frames=frames, failed=failed)
+    charts = _charts(table, rows) | grouping_charts(study)
+    overshoot = overshoot_chart(table, run["train"].to_dataset() if "train" in run.children else None)
+    if overshoot is not None:
+        charts["overshoot"] = overshoot
+    return section(content=content, charts=charts, frames=frames, failed=failed)
 
 
 def _charts(table: xr.Dataset, rows: xr.Dataset) -> dict[str, go.Figure]:

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hessprobe import analysis
 from hessprobe.analysis.rows import sound_rows
@@ -53,15 +54,15 @@ def coupling_heatmap(run: xr.DataTree, step: int | None = None) -> tuple[Figure,
     Raises:
         UserError: no such table, no measured row, or a step that was not measured.
     """
-    rows = analysis.coupling(_table(run, "cross_layer"))
+    rows = analysis.coupling(stored(run, "cross_layer"))
     row = _row(rows, step)
     diagonal = np.eye(row.sizes["block"], dtype=bool)
     drawn = row.where(xr.DataArray(~diagonal, dims=("block", "other_block")))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new(COLUMN * 0.9)
+        figure, axes = new(COLUMN * 0.9)
         values = np.ma.masked_invalid(drawn["coupling"].values)
         image = axes.imshow(values, cmap="cividis", vmin=0.0)
-        names = [_short(str(name)) for name in row["block"].values]
+        names = [short(str(name)) for name in row["block"].values]
         # Beyond some thirty labels a column has no room for every name.
         ticks = range(0, len(names), max(1, len(names) // 30))
         axes.set_xticks(ticks, [names[i] for i in ticks], rotation=90)
@@ -73,18 +74,56 @@ def coupling_heatmap(run: xr.DataTree, step: int | None = None) -> tuple[Figure,
     return figure, drawn
 
 
+def coupling_by_distance(run: xr.DataTree, step: int | None = None) -> tuple[Figure, xr.Dataset]:
+    """Returns the mean coupling of pairs against their layer distance at one step, drawn, and the means drawn."""
+    means = analysis.coupling_by_distance(stored(run, "cross_layer"))
+    row = _row(means, step)
+    row = row.isel(distance=np.flatnonzero(row["distance"].values > 0))
+    if row.sizes["distance"] == 0:
+        raise UserError("these blocks have no depth (embedding, block.N, head); no distance to draw against")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new(COLUMN * 0.62)
+        errors = row["coupling_stderr"].values
+        axes.errorbar(
+            row["distance"].values, row["coupling"].values, errors, color=ACCENT, marker="o", capsize=2
+        )
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layers apart")
+        axes.set_ylabel("coupling")
+        axes.set_title(f"step {int(row['step']):,}", loc="left")
+    return figure, row
+
+
+def off_block_energy_over_training(run: xr.DataTree) -> tuple[Figure, xr.Dataset]:
+    """Returns the share of |G|_F^2 between layers over training with its errors, drawn, and those shares."""
+    energy = analysis.off_block_energy(stored(run, "cross_layer"))
+    if energy.sizes["step"] == 0:
+        raise UserError("no row of the table 'cross_layer' holds an off_block_energy; nothing to draw")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new(COLUMN * 0.62)
+        value, stderr = 100 * energy["off_block_energy"], 100 * energy["off_block_energy_stderr"]
+        axes.fill_between(
+            energy["step"], value - stderr, value + stderr, color=ACCENT, alpha=0.2, linewidth=0
+        )
+        axes.plot(energy["step"], value, color=ACCENT, marker=marker(value.size))
+        axes.set_xlabel("step")
+        axes.set_ylabel("off-block energy of G (%)")
+    return figure, energy
+
+
 def cross_share_over_training(run: xr.DataTree) -> tuple[Figure, xr.DataArray]:
     """Returns the share of d.Gd between layers over training, drawn, and those shares (step, direction)."""
-    rows = sound_rows(_table(run, "cross_layer"), "step_curvature")
+    rows = sound_rows(stored(run, "cross_layer"), "step_curvature")
     if rows.sizes["step"] == 0:
         raise UserError("no row of the table 'cross_layer' holds a step_curvature; nothing to draw")
     shares = analysis.cross_share(rows["step_curvature"]).compute()
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new(COLUMN * 0.62)
+        figure, axes = new(COLUMN * 0.62)
         for direction in shares["direction"].values:
-            label, color, dash = DIRECTIONS.get(str(direction), (_plain(str(direction)), "#666666", ":"))
+            label, color, dash = DIRECTIONS.get(str(direction), (plain(str(direction)), "#666666", ":"))
             line = shares.sel(direction=direction)
-            axes.plot(line["step"], 100 * line, dash, color=color, marker=_marker(line.size), label=label)
+            axes.plot(line["step"], 100 * line, dash, color=color, marker=marker(line.size), label=label)
         axes.axhline(0, color="#999999", linewidth=0.6, zorder=0)
         axes.set_xlabel("step")
         axes.set_ylabel("cross share of d·Gd (%)")
@@ -94,21 +133,37 @@ def cross_share_over_training(run: xr.DataTree) -> tuple[Figure, xr.DataArray]:
 
 def loss_curve(run: xr.DataTree) -> tuple[Figure, xr.Dataset]:
     """Returns training and held-out loss by step, drawn, and the curve drawn."""
-    curve = analysis.loss_curve(_table(run, "train"))
+    curve = analysis.loss_curve(stored(run, "train"))
     if curve.sizes["step"] == 0:
         raise UserError("no row of the table 'train' holds a loss; nothing to draw")
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new(COLUMN * 0.62)
+        figure, axes = new(COLUMN * 0.62)
         axes.plot(curve["step"], curve["loss"], color="#999999", label="training")
         if "held_out_loss" in curve:
             held_out = curve["held_out_loss"].dropna("step")
             axes.plot(
-                held_out["step"], held_out, color=ACCENT, marker=_marker(held_out.size), label="held out"
+                held_out["step"], held_out, color=ACCENT, marker=marker(held_out.size), label="held out"
             )
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats per token)")
         axes.legend()
     return figure, curve
+
+
+def decrease_over_training(run: xr.DataTree) -> tuple[Figure, xr.Dataset]:
+    """Returns the decrease that the model promised and the real one by step, drawn, and those numbers."""
+    rows = sound_rows(stored(run, "train"), "predicted_decrease")
+    if rows.sizes["step"] == 0 or "actual_decrease" not in rows:
+        raise UserError("no row of the table 'train' holds a predicted_decrease; nothing to draw")
+    drawn = rows[["actual_decrease", "predicted_decrease"]].compute()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new(COLUMN * 0.62)
+        axes.plot(drawn["step"], drawn["actual_decrease"], color=ACCENT, label="real")
+        axes.plot(drawn["step"], drawn["predicted_decrease"], "--", color=SECOND, label="predicted")
+        axes.set_xlabel("step")
+        axes.set_ylabel("decrease (nats per token)")
+        axes.legend()
+    return figure, drawn
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -121,11 +176,13 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _table(run: xr.DataTree, name: str) -> xr.Dataset:
+def stored(run: xr.DataTree, name: str) -> xr.Dataset:
+    """Returns one table of a run; UserError if it has none such."""
     return analysis.require_table(run, name)
 
 
-def _new(height: float):
+def new(height: float):
+    """Returns a figure of one column's width and its axes."""
     # Figure itself, not pyplot: pyplot keeps every figure alive in a global list.
     figure = Figure(figsize=(COLUMN, height), layout="constrained")
     return figure, figure.add_subplot()
@@ -142,14 +199,16 @@ def _row(rows: xr.Dataset, step: int | None) -> xr.Dataset:
     return rows.sel(step=step)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Returns a name without matplotlib's math: a dollar sign would start a formula."""
     return name.replace("$", r"\$")
 
 
-def _short(name: str) -> str:
-    return _plain(name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}")
+def short(name: str) -> str:
+    """Returns a block's name as a tick can show it."""
+    return plain(name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}")
 
 
-def _marker(points: int) -> str:
+def marker(points: int) -> str:
+    """Returns the marker of a line: none where there are many points."""
     return "o" if points <= 60 else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,25 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from hessprobe.analysis import findings, load_run
+from hessprobe.analysis import Finding, findings, load_run
+from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
 from hessprobe.analysis.wording import percent, plus_minus
 from hessprobe.report.cross_layer import cross_layer
 from hessprobe.report.provenance import provenance, said_time
 from hessprobe.report.section import Section
+from hessprobe.report.summary import findings_json, summary_markdown
 from hessprobe.report.training import costs, training
 
+PAGE = "report.html"
 # In reading order. A later table adds its builder here and a template of the same name.
-SECTIONS = (cross_layer, training, costs, provenance)
+SECTIONS = (training, costs, provenance)
 
 
 def write_report(run: Path, destination: Path | None = None) -> Path:
     """Writes a run's report as one HTML page and returns its path; a run in progress gives the page so far.
+
+    Beside it `findings.json` and `summary.md`, with the same sentences (`NAME.findings.json` and `NAME.summary.md` for a
+    page `NAME.html` of another name).
 
     Args:
         run: the run's folder (or its log.zarr).
@@ -42,9 +48,21 @@ def write_report(run: Path, destination: Path | None = None) -> Path:
     """
     run = Path(run)
     folder = run.parent if run.name == "log.zarr" else run
-    path = folder / "report.html" if destination is None else Path(destination)
+    path = folder / PAGE if destination is None else Path(destination)
     tree = load_run(run)
-    text = render(tree, str(tree.attrs.get("name") or folder.resolve().name))
+    name = str(tree.attrs.get("name") or folder.resolve().name)
+    # Solved for once: the findings and the section on cross-layer importance both speak of it.
+    groupings = study_groupings(tree["cross_layer"].to_dataset()) if "cross_layer" in tree.children else None
+    found = findings(tree, groupings)
+    write_page(path, render(tree, name, found, groupings))
+    beside = "" if path.name == PAGE else f"{path.stem}."
+    write_page(path.with_name(f"{beside}findings.json"), findings_json(name, found, tree.attrs))
+    write_page(path.with_name(f"{beside}summary.md"), summary_markdown(name, found, tree.attrs))
+    return path
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Writes a text, whole or not at all, and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A reader of the old page, or a kill, must never meet half a page.
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -59,9 +77,28 @@ def write_report(run: Path, destination: Path | None = None) -> Path:
     return path
 
 
-def render(run: xr.DataTree, name: str) -> str:
-    """Returns the page of an opened run as HTML text."""
-    sections = [build(run) for build in SECTIONS]
+def render(
+    run: xr.DataTree, name: str, found: Sequence[Finding], groupings: GroupingStudy | None = None
+) -> str:
+    """Returns the page of an opened run as HTML text, with its findings and what `study_groupings` said of it."""
+    return render_page(
+        name=name,
+        findings=found,
+        sections=[cross_layer(run, groupings), *(build(run) for build in SECTIONS)],
+        subtitle=_subtitle(run.attrs, datetime.now(UTC)),
+    )
+
+
+def render_page(
+    *,
+    name: str,
+    findings: Sequence[Finding],
+    sections: Sequence[Section],
+    subtitle: Sequence[str],
+    kind: str = "report",
+    reading: str = "reading.html.j2",
+) -> str:
+    """Returns a page as HTML text: findings, sections in their order, and the template on how to read it."""
     environment = Environment(
         loader=PackageLoader("hessprobe.report", "templates"),
         autoescape=True,
@@ -72,9 +109,11 @@ def render(run: xr.DataTree, name: str) -> str:
     environment.filters |= {"percent": percent, "number": plus_minus}
     return environment.get_template("page.html.j2").render(
         name=name,
-        findings=findings(run),
+        kind=kind,
+        reading=reading,
+        findings=findings,
         sections=sections,
-        subtitle=_subtitle(run.attrs, datetime.now(UTC)),
+        subtitle=subtitle,
         charts=_script_json(sections),
         frames={section.name: section.frames for section in sections if section.frames},
         source=_source,
@@ -82,7 +121,7 @@ def render(run: xr.DataTree, name: str) -> str:
     )
 
 
-def _script_json(sections: list[Section]) -> Markup:
+def _script_json(sections: Sequence[Section]) -> Markup:
     """Returns the charts as JSON that is safe inside a script element: plotly escapes <, > and / in it."""
     charts = {name: figure for section in sections for name, figure in section.charts.items()}
     entries = (

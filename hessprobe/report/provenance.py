@@ -23,7 +23,7 @@ def provenance(run: xr.DataTree) -> Section:
         "commit": attributes.get("git_commit"),
         "schema version": attributes.get("schema_version"),
     }
-    facts |= {f"data: {key.replace('_', ' ')}": _said(value) for key, value in _flat(data, "")}
+    facts |= {f"data: {key.replace('_', ' ')}": said_setting(value) for key, value in flat(data, "")}
     counts = decoded(attributes.get("partition"))
     partition = {name: int(count) for name, count in counts.items() if isinstance(count, int | float)}
     content = {
@@ -31,7 +31,7 @@ def provenance(run: xr.DataTree) -> Section:
         "versions": versions,
         "partition": partition,
         "parameters": sum(partition.values()),
-        "recipe": {key: _said(value) for key, value in _flat(decoded(attributes.get("recipe")), "")},
+        "recipe": {key: said_setting(value) for key, value in flat(decoded(attributes.get("recipe")), "")},
     }
     return Section(name="provenance", title="Provenance", template="provenance.html.j2", content=content)
 
@@ -57,7 +57,7 @@ def decoded(value: Any) -> dict[str, Any]:
     return decoded if isinstance(decoded, dict) else {"text": decoded}
 
 
-def _said(value: Any) -> str:
+def said_setting(value: Any) -> str:
     """Returns a setting as a reader would write it; `default` for what the recipe left open."""
     if value is None:
         return "default"
@@ -68,10 +68,10 @@ def _said(value: Any) -> str:
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
-def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     """Yields nested settings as the dotted keys that `--set key=value` takes."""
     for key, entry in value.items():
         if isinstance(entry, Mapping):
-            yield from _flat(entry, f"{prefix}{key}.")
+            yield from flat(entry, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", entry

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -41,7 +42,9 @@ def training(run: xr.DataTree) -> Section:
     if all(line.values.size for line in decreases):
         charts["decrease"] = over_steps(decreases, "decrease, nats per token")
     return section(
-        content={"summary": summary, "planned": _planned(run)}, charts=charts, failed=failed_rows(table)
+        content={"summary": summary, "planned": _planned(run), "target": _target_reached(run, table)},
+        charts=charts,
+        failed=failed_rows(table),
     )
 
 
@@ -72,9 +75,22 @@ def costs(run: xr.DataTree) -> Section:
 
 def _planned(run: xr.DataTree) -> int | None:
     """Returns how many steps the run's recipe asks for; None where it does not say."""
-    planned = decoded(run.attrs.get("recipe")).get("training")
-    steps = planned.get("steps") if isinstance(planned, dict) else None
+    steps = _asked(run).get("steps")
     return steps if isinstance(steps, int) else None
+
+
+def _target_reached(run: xr.DataTree, table: xr.Dataset) -> float | None:
+    """Returns the held-out loss at which the run was to end early, if a recorded row reached it: the run is whole."""
+    target, losses = _asked(run).get("stop_at"), sound_rows(table, "held_out_loss")
+    if not isinstance(target, int | float) or not losses.sizes["step"]:
+        return None
+    return float(target) if float(losses["held_out_loss"].min()) <= target else None
+
+
+def _asked(run: xr.DataTree) -> dict[str, Any]:
+    """Returns the section [training] of the run's recipe; empty where there is none."""
+    asked = decoded(run.attrs.get("recipe")).get("training")
+    return asked if isinstance(asked, dict) else {}
 
 
 def _series(table: xr.Dataset, variable: str, label: str, color: str) -> Series:

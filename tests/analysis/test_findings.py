@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from hessprobe.analysis import Finding, findings, open_run
+from hessprobe.analysis import Finding, findings, jacobi_radius, open_run
 from tests.analysis.test_coupling import BLOCKS, table
 from tests.report.runs import write_run
 
@@ -31,6 +31,35 @@ def test_a_share_within_two_errors_is_said_to_be_unresolved():
     assert clear.resolved and "30 ± 10 %" in clear.sentence and clear.basis == "16 sequences"
     assert not unclear.resolved and "not resolved from zero" in unclear.sentence
     assert clear.steps == (30,)
+
+
+def test_how_far_a_layerwise_step_overshoots_stands_between_its_two_estimates():
+    assert "jacobi_radius" not in said(table())
+    log = table().assign(
+        jacobi_radius=("step", [3.0, 3.1, np.nan, 2.5]), jacobi_radius_held_out=("step", [2.0, 2.2, 2.0, 2.6])
+    )
+    finding = said(log.assign_attrs(jacobi_damping=0.1))["jacobi_radius"]
+    # Noise put the low estimate above the high one: they are stated in order.
+    assert (
+        "overshoots 2.5 to 2.6 times" in finding.sentence
+        and "5 the most that 5 layers can" in finding.sentence
+    )
+    assert "beyond 0.77 to 0.8 of its own length" in finding.sentence
+    assert finding.steps == (30,) and finding.value == 2.5 and finding.stderr is None
+    assert finding.basis == "16 sequences, damping 0.1; one estimate rather low, one rather high"
+    rows = jacobi_radius(log)
+    assert rows["step"].values.tolist() == [0, 10, 30] and rows["high"].values.tolist() == [3.0, 3.1, 2.6]
+    # An older log has no estimate from held-out sequences.
+    assert jacobi_radius(log.drop_vars("jacobi_radius_held_out"))["low"].values.tolist() == [3.0, 3.1, 2.5]
+
+
+def test_the_strongest_of_ten_pairs_must_lie_beyond_what_the_largest_of_noise_reaches():
+    values = np.full((4, 5, 5), 0.0)
+    values[:, 1, 2] = values[:, 2, 1] = 0.25
+    unclear = said(changed(coupling=values, coupling_stderr=0.1))[
+        "strongest_pair"
+    ]  # 2.5 errors; 2.8 are needed
+    assert not unclear.resolved and "no pair of layers has a coupling resolved from zero" in unclear.sentence
 
 
 def test_trends_need_four_rows_and_two_errors():

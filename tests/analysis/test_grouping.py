@@ -6,17 +6,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xarray as xr
+from threadpoolctl import ThreadpoolController
 
+from hessprobe.analysis.answer import LEAST_FREEDOM
 from hessprobe.analysis.grouping import (
-    LEAST_FREEDOM,
     block_importance,
     curvature_along,
     greedy_grouping,
-    grouping,
     merge_gains,
     relative_decrease,
 )
-from hessprobe.analysis.sketch_space import CrossFit, inner_damping
+from hessprobe.analysis.grouping_table import grouping_table, reached_damping
+from hessprobe.analysis.sketch_space import CrossFit
+from hessprobe.analysis.sketched_solve import inner_damping
 from hessprobe.analysis.sketches import Sketches
 from hessprobe.errors import UserError
 
@@ -269,7 +271,7 @@ def table(steps: int = 2) -> xr.Dataset:
 
 
 def test_a_table_gives_every_answer_for_each_row():
-    found = grouping(table(), damping=2.0)
+    found = grouping_table(table(), damping=2.0)
     assert dict(found.sizes) == {"step": 2, "block": 4, "other_block": 4, "groups": 4}
     fit = CrossFit(of(*drawn(1, rounds=8)), 2.0)
     row = found.sel(step=10)
@@ -279,8 +281,60 @@ def test_a_table_gives_every_answer_for_each_row():
     )
     np.testing.assert_array_equal(row["importance_resolved"], block_importance(fit).resolved)
     assert [str(x) for x in row["curve_reason"].values] == list(greedy_grouping(fit).relative.reason)
-    none = grouping(table().isel(step=slice(0, 0)), damping=2.0)
+    none = grouping_table(table().isel(step=slice(0, 0)), damping=2.0)
     assert none.sizes["step"] == 0
+
+
+def test_only_the_answers_asked_for_are_worked_out():
+    some = grouping_table(table(), damping=2.0, answers=("importance", "full_over_layerwise"))
+    every = grouping_table(table(), damping=2.0)
+    assert "merge_gain" not in some and "curve" not in some
+    for name in map(str, some.data_vars):
+        np.testing.assert_array_equal(some[name], every[name])
+    with pytest.raises(UserError, match="no answer named 'gain'.*Valid: full_over_layerwise, merge_gain"):
+        grouping_table(table(), damping=2.0, answers=("gain",))
+
+
+def test_the_curve_says_what_share_of_full_it_captures_and_with_which_groups():
+    found = grouping_table(table(), damping=2.0).sel(step=0)
+    fit = CrossFit(of(*drawn(0, rounds=8)), 2.0)
+    for groups in (4, 3, 2, 1):
+        point = found.sel(groups=groups)
+        members = [part.split(" + ") for part in str(point["members"].values).split(" | ")]
+        assert len(members) == groups
+        wanted = relative_decrease(fit, members, "full")
+        np.testing.assert_allclose(point["captured"], wanted.value, rtol=1e-4)
+        np.testing.assert_allclose(point["captured_stderr"], wanted.stderr, rtol=1e-3, atol=1e-12)
+    assert str(found["joined"].values[0]) == "" and " and " in str(found["joined"].values[1])
+
+
+def test_the_damping_found_is_reached_and_half_of_it_is_not_unless_it_was_asked_for():
+    row = table().isel(step=0)
+    least = reached_damping(row, 1e-3)
+    assert f"{least:.1e}"[0] in "125"
+    assert bool(grouping_table(table().isel(step=[0]), damping=least)["captured_reached"].all())
+    assert not bool(grouping_table(table().isel(step=[0]), damping=0.4 * least)["captured_reached"].all())
+    assert reached_damping(row, 17.3) == 17.3
+
+
+def test_solves_use_one_blas_thread_whatever_is_set_and_leave_that_as_it_was(monkeypatch):
+    blas, seen, eigh = ThreadpoolController(), [], np.linalg.eigh
+
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in blas.info() if pool["user_api"] == "blas"}
+
+    def watched(*arguments, **options):
+        seen.append(threads())
+        return eigh(*arguments, **options)
+
+    monkeypatch.setattr(np.linalg, "eigh", watched)
+    with blas.limit(limits=2, user_api="blas"):
+        before = threads()
+        fit = CrossFit(of(*drawn(rounds=8)), 2.0)
+        merge_gains(fit)
+        fit.least_damping((0, 1), LEAST_FREEDOM)
+        assert threads() == before
+    assert len(seen) > 20 and all(each == {1} for each in seen)
 
 
 def test_sketches_a_row_did_not_take_are_left_out_and_too_few_are_unresolved():
@@ -293,7 +347,7 @@ def test_sketches_a_row_did_not_take_are_left_out_and_too_few_are_unresolved():
             alignment=padded["alignment"].where(where),
             sequence_tokens=padded["sequence_tokens"].where(where),
         )
-    found = grouping(padded, damping=2.0)
+    found = grouping_table(padded, damping=2.0)
     w, g, tokens = drawn(0, rounds=8)
     fit = CrossFit(of(w[:4], g, tokens), 2.0)
     np.testing.assert_allclose(found["merge_gain"].sel(step=0), merge_gains(fit).value, rtol=1e-3, atol=1e-5)
@@ -306,6 +360,9 @@ def test_mistakes_are_told_with_the_way_out():
     w, g, tokens = drawn()
     with pytest.raises(UserError, match="at least 2 rounds"):
         of(w[:1], g, tokens)
+    with pytest.raises(UserError, match="not finite"):
+        s = of(w, g, tokens)
+        Sketches(**{**vars(s), "alignment": np.where(s.alignment > 1, np.nan, s.alignment)})
     with pytest.raises(UserError, match="4 or more"):
         of(w[:, :3], g, tokens[:3])
     with pytest.raises(UserError, match="wanted kernel"):
@@ -321,6 +378,6 @@ def test_mistakes_are_told_with_the_way_out():
     with pytest.raises(UserError, match="Valid: layerwise, full"):
         relative_decrease(fit, "half")
     with pytest.raises(UserError, match="no layer kernels"):
-        grouping(table().drop_vars("kernel"), damping=1.0)
+        grouping_table(table().drop_vars("kernel"), damping=1.0)
     with pytest.raises(UserError, match="damping must be positive"):
-        grouping(table(), damping=-1.0)
+        grouping_table(table(), damping=-1.0)

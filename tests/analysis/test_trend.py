@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hessprobe.analysis import trend
+from hessprobe.analysis.trend import standard_errors_of_largest
 
 
 def test_the_slope_is_the_least_squares_one():
@@ -33,6 +34,16 @@ def test_points_on_a_line_within_their_own_errors_are_no_trend():
     assert noisy is not None and not noisy.resolved
     # The measuring errors alone: sd(slope) = 0.2 / sqrt(sum of squares of centred steps) = 0.2 / sqrt(5).
     assert noisy.stderr == pytest.approx(3 * 0.2 / np.sqrt(5), rel=1e-12)
+
+
+def test_the_largest_of_many_numbers_of_noise_is_claimed_as_rarely_as_one_beyond_two_errors():
+    assert standard_errors_of_largest(1) == pytest.approx(2) and standard_errors_of_largest(
+        0
+    ) == pytest.approx(2)
+    largest = np.random.default_rng(0).standard_normal((20_000, 91)).max(axis=1)
+    claimed = (largest > standard_errors_of_largest(91)).mean()
+    # 2.3 % for one number on one side; 20,000 draws know it to 0.1 %.
+    assert claimed == pytest.approx(0.0225, abs=0.004)
 
 
 def test_noise_is_rarely_called_a_trend_and_a_real_one_is_found():

@@ -42,4 +42,6 @@ def test_basis_says_what_is_known():
     assert basis(row.assign(damping=1e-3, sequences=1.0)) == "1 sequence, 1,024 tokens, damping 0.001"
     assert basis(row.assign_attrs(samples=8)) == "16 sequences, 1,024 tokens, 8 probes a block"
     assert basis(row.assign_attrs(samples=8), exact=True) == "16 sequences, 1,024 tokens"
+    assert basis(row.assign(rounds=4.0)) == "16 sequences, 1,024 tokens, 4 rounds of sketches"
+    assert basis(row.assign(rounds=1.0), exact=True) == "16 sequences, 1,024 tokens"
     assert basis(xr.Dataset({"tokens": np.nan})) == ""

@@ -20,6 +20,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sketched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run that stored layer kernels of 24 sequences in 4 rounds, at four probed steps."""
+    folder = tmp_path_factory.mktemp("runs") / "sketched"
+    return write_run(folder, steps=(0, 10, 20, 30), sketches=(24, 4), failed={20: "out of memory"})
+
+
+@pytest.fixture(scope="session")
 def page(run: Path) -> Path:
     return write_report(run)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 
 from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, Variable
 from hessprobe.store.writer import RunWriter
@@ -33,16 +34,34 @@ def attributes(blocks: Sequence[str] = LAYERS, **changes: Any) -> dict[str, Any]
     } | changes  # fmt: skip
 
 
-def cross_layer_table(blocks: Sequence[str] = LAYERS) -> Table:
+def cross_layer_table(blocks: Sequence[str] = LAYERS, sketches: tuple[int, int] | None = None) -> Table:
+    """Returns the layout; with `sketches` (sequences, rounds), that of layer kernels."""
     names = [("fro2", PAIR), ("fro2_stderr", PAIR), ("coupling", PAIR), ("coupling_stderr", PAIR),
              ("off_block_energy", ("step",)), ("off_block_energy_stderr", ("step",)),
              ("step_curvature", ("step", "direction", "block", "other_block")),
              ("step_slope", ("step", "direction", "block")),
              ("gradient_norm2", ("step", "block"))]  # fmt: skip
-    variables = [Variable(name=n, dims=d, units="1", long_name=n, estimator="invented") for n, d in names]
-    labels = {"block": blocks, "other_block": blocks, "direction": ["update", "negative_gradient"]}
+    labels: dict[str, Sequence] = {
+        "block": blocks, "other_block": blocks, "direction": ["update", "negative_gradient"]}  # fmt: skip
+    attributes: dict[str, object] = {"samples": 8}
+    if sketches is not None:
+        names += [("kernel", ("step", "block", "sketch", "other_sketch")),
+                  ("alignment", ("step", "direction", "block", "sketch")), ("sequence_tokens", ("step", "sketch")),
+                  ("jacobi_radius", ("step",)), ("jacobi_radius_held_out", ("step",)), ("rounds", ("step",))]  # fmt: skip
+        sequences, rounds = sketches
+        labels["sketch"] = labels["other_sketch"] = list(range(sequences * rounds))
+        attributes = {"jacobi_damping": 0.1, "method": "kernels",
+                      "sketch_sequence": [m % sequences for m in labels["sketch"]],
+                      "sketch_round": [m // sequences for m in labels["sketch"]]}  # fmt: skip
+    variables = [
+        Variable(
+            name=n, dims=d, units="1", long_name=n, estimator="invented",
+            dtype="float32" if n == "kernel" else "float64",
+        )
+        for n, d in names
+    ]  # fmt: skip
     return Table(name="cross_layer", variables=(*variables, *MEASUREMENT_VARIABLES), coordinates=labels,
-                 attributes={"samples": 8})  # fmt: skip
+                 attributes=attributes)  # fmt: skip
 
 
 def train_table() -> Table:
@@ -74,6 +93,29 @@ def cross_layer_row(blocks: Sequence[str], time: float, rng: np.random.Generator
     }  # fmt: skip
 
 
+def sketches_row(
+    blocks: Sequence[str], time: float, rng: np.random.Generator, sketches: tuple[int, int]
+) -> dict[str, Any]:
+    """Returns what layer kernels add to a row: blocks share directions, the first has next to no curvature, and at
+    the very beginning there is so much that sketches do not reach the damping that serves later rows."""
+    (sequences, rounds), width = sketches, 12
+    shared = rng.standard_normal((rounds, sequences, width)) * np.geomspace(2.0, 0.4, width)
+    kernel, along, norm2 = [], [], []
+    for i in range(len(blocks)):
+        own = rng.standard_normal((rounds, sequences, width)) * np.geomspace(1.0, 0.2, width)
+        scale = (0.05 if i == 0 else 1.0) * (1.0 if time else 3.0)
+        w = scale * ((1.1 + 0.5 * i / len(blocks)) * shared + own).reshape(rounds * sequences, width)
+        g = np.full(width, 0.3) + 0.05 * rng.standard_normal(width)
+        kernel.append(w @ w.T)
+        along.append(w @ g)
+        norm2.append(g @ g)
+    return {
+        "kernel": np.stack(kernel), "alignment": np.stack([np.full_like(along, np.nan), -np.stack(along)]),
+        "gradient_norm2": np.array(norm2), "sequence_tokens": np.full(rounds * sequences, 64.0),
+        "jacobi_radius": 3.2 - time, "jacobi_radius_held_out": 2.7 - time, "rounds": float(rounds),
+    }  # fmt: skip
+
+
 def train_row(step: int, last: int, evaluated: bool, rng: np.random.Generator) -> dict[str, Any]:
     loss = 2.1 + 3.4 * np.exp(-4 * step / max(last, 1)) + 0.03 * rng.standard_normal()
     size = float(rng.choice([1.0, 0.7071, 0.5]))
@@ -88,6 +130,25 @@ def train_row(step: int, last: int, evaluated: bool, rng: np.random.Generator) -
     }  # fmt: skip
 
 
+def write_long_run(folder: Path, *, blocks: Sequence[str], every: int, train_steps: int) -> Path:
+    """Writes a run as `write_run` does, its tables in whole arrays: thousands of rows in seconds."""
+    rng, steps = np.random.default_rng(0), range(0, train_steps, every)
+    rows = {
+        "train": [train_row(step, train_steps - 1, step % 5 == 0, rng) for step in range(train_steps)],
+        "cross_layer": [cross_layer_row(blocks, step / train_steps, rng) for step in steps],
+    }
+    writer = RunWriter.create(folder, attributes(blocks))
+    writer.add_table(train_table(), range(train_steps))
+    writer.add_table(cross_layer_table(blocks), steps)
+    writer.close()
+    for name, written in rows.items():
+        group = zarr.open_group(folder / "log.zarr" / name, mode="r+", use_consolidated=False)
+        columns: dict[str, Any] = {key: np.stack([row[key] for row in written]) for key in written[0]}
+        for key, values in (columns | {"recorded": np.ones(len(written), dtype=bool)}).items():
+            group[key][...] = values  # pyright: ignore
+    return folder
+
+
 def write_run(
     folder: Path,
     *,
@@ -97,6 +158,7 @@ def write_run(
     failed: Mapping[int, str] | None = None,
     blank: Sequence[int] = (),
     seed: int = 0,
+    sketches: tuple[int, int] | None = None,
     **changes: Any,
 ) -> Path:
     """Writes a run and returns its folder.
@@ -109,6 +171,7 @@ def write_run(
         failed: {step: reason} of probed steps whose measurement failed.
         blank: probed steps whose row is recorded and NaN throughout.
         seed: of the invented numbers.
+        sketches: (sequences, rounds) of layer kernels to store too.
         changes: root attributes to change.
     """
     rng = np.random.default_rng(seed)
@@ -117,10 +180,12 @@ def write_run(
     for step in range(train_steps):
         writer.write("train", step, train_row(step, train_steps - 1, step % 5 == 0, rng))
     if steps is not None:
-        table = cross_layer_table(blocks)
+        table = cross_layer_table(blocks, sketches)
         writer.add_table(table, steps)
         for step in steps:
             row = cross_layer_row(blocks, step / max(*steps, 1), rng)
+            if sketches is not None:
+                row |= sketches_row(blocks, step / max(*steps, 1), rng, sketches)
             if step in blank:
                 row = {name: np.full(np.shape(value), np.nan) for name, value in row.items()}
             if step in (failed or {}):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import xarray as xr
 
 from hessprobe.analysis import coupling, open_run
 from hessprobe.report.page import write_report
-from tests.report.runs import LAYERS, write_run
+from hessprobe.report.several_runs import write_runs_report
+from tests.report.runs import LAYERS, write_long_run, write_run
 from tests.report.test_odd_runs import HOSTILE
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -90,6 +93,39 @@ def test_every_section_and_chart_shows_without_sideways_scrolling(visit, page, w
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.fixture(scope="module")
+def grouped(sketched, tmp_path_factory) -> Path:
+    return write_report(sketched, tmp_path_factory.mktemp("page") / "grouped.html")
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_groupings_show_and_hovering_says_value_error_and_what_is_not_resolved(visit, grouped, width):
+    tab = visit(grouped, width, "dark" if width == 400 else "light")
+    for name in ("merge_gains", "grouping_curve", "importance", "overshoot"):
+        box = tab.locator(f"#chart-{name} .main-svg").first.bounding_box()
+        assert box["width"] > 300 and box["x"] + box["width"] <= width, name
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    said = [hover(tab, "merge_gains", *place(tab, "merge_gains", trace, -1)) for trace in (0, 1)]
+    assert all(re.search(r"\d% ± .*\d%", each) for each in said)
+    assert "within 2 standard errors" not in said[0] and "within 2 standard errors" in said[1]
+    said = hover(tab, "importance", across=0.5, down=0.9)
+    assert re.search(r"head at step 10.*\d% ± .*\d%", said)
+    assert re.search(
+        r"6 groups: \d+.*% ± .*% of full", hover(tab, "grouping_curve", *place(tab, "grouping_curve", -1, 0))
+    )
+
+
+def test_several_runs_stand_side_by_side(visit, run, sketched, tmp_path):
+    path = write_runs_report([run, sketched], tmp_path / "both.html")
+    for width in (1280, 400):
+        tab = visit(path, width)
+        for name in ("coupling-0", "coupling-1", "distance", "off_block_energy", "loss", "grouping_curve"):
+            assert tab.locator(f"#chart-{name} .main-svg").first.is_visible(), name
+        legend = tab.locator("#chart-off_block_energy .legendtext").all_text_contents()
+        assert legend == [run.name, sketched.name]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_the_charts_follow_the_scheme(visit, page):
     tab = visit(page)
 
@@ -161,6 +197,24 @@ def hover(tab, chart: str, across: float, down: float) -> str:
     return " ".join(tab.locator(f"#chart-{chart} .hoverlayer .hovertext").all_text_contents())
 
 
+def place(tab, chart: str, trace: int, index: int) -> tuple[float, float]:
+    """Returns where plotly drew one of a trace's points, as shares of the chart's width and height."""
+    return tuple(
+        tab.evaluate(
+            """([name, trace, index]) => {
+              const chart = document.getElementById("chart-" + name), { xaxis, yaxis } = chart._fullLayout;
+              const points = chart.calcdata.at(trace), point = points.at(index);
+              return [xaxis.c2p(point.x) / xaxis._length, yaxis.c2p(point.y) / yaxis._length];
+            }""",
+            [chart, trace, index],
+        )
+    )
+
+
+def upper(matrix: np.ndarray) -> np.ndarray:
+    return matrix[np.triu_indices(len(matrix), k=1)]
+
+
 def test_hovering_says_which_pair_its_value_and_its_error(visit, page, log: xr.DataTree):
     tab = visit(page)
     last = coupling(log["cross_layer"].to_dataset()).isel(step=-1)
@@ -168,6 +222,12 @@ def test_hovering_says_which_pair_its_value_and_its_error(visit, page, log: xr.D
     value, stderr = float(last["coupling"][1, 3]), float(last["coupling_stderr"][1, 3])
     assert LAYERS[1] in said and LAYERS[3] in said
     assert f"{value:.3g} ± {stderr:.2g}" in said
+    # The pair farthest from its distance's mean, whose dot the pointer cannot miss; pairs are in order of coupling.
+    values, apart = upper(last["coupling"].values), upper(np.abs(np.subtract.outer(range(6), range(6))))
+    far = np.abs(values - np.array([values[apart == d].mean() for d in apart])).argmax()
+    said = hover(tab, "distance", *place(tab, "distance", 0, int((values > values[far]).sum())))
+    assert f"{values[far]:.3g}" in said and f" ± {upper(last['coupling_stderr'].values)[far]:.2g}" in said
+    assert " × " in said
     said = hover(tab, "off_block_energy", across=0.99, down=0.1)
     energy = log["cross_layer"].to_dataset().sel(step=30)
     assert f"{float(energy['off_block_energy']):.4g} ± {float(energy['off_block_energy_stderr']):.4g}" in said
@@ -194,10 +254,10 @@ def test_a_page_without_probes_still_draws_training(visit, tmp_path):
 
 def test_a_thousand_probed_and_ten_thousand_training_steps(visit, tmp_path):
     blocks = ("embedding", *(f"block.{i}" for i in range(12)), "head")
-    folder = write_run(tmp_path / "run", blocks=blocks, steps=range(0, 10_000, 10), train_steps=10_000)
-    start = time.perf_counter()
+    folder = write_long_run(tmp_path / "run", blocks=blocks, every=10, train_steps=10_000)
+    start = time.process_time()  # of this process: others may be at work
     path = write_report(folder)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert path.stat().st_size < 15e6
     tab = visit(path)
     took = tab.evaluate(

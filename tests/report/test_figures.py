@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,18 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import open_run
+from hessprobe.cli import main
 from hessprobe.errors import UserError
-from hessprobe.report.figures import coupling_heatmap, cross_share_over_training, loss_curve, save
+from hessprobe.report.figure_set import save_figures
+from hessprobe.report.figures import (
+    coupling_by_distance,
+    coupling_heatmap,
+    cross_share_over_training,
+    decrease_over_training,
+    loss_curve,
+    off_block_energy_over_training,
+    save,
+)
 from tests.report.runs import write_run
 
 SCRIPT = Path(__file__).parents[2] / "analyses" / "cross_layer_importance.py"
@@ -37,6 +48,19 @@ def test_the_lines_are_the_data_returned(log: xr.DataTree):
     matrix = log["cross_layer"].to_dataset()["step_curvature"].sel(step=30, direction="update").values
     expected = (matrix.sum() - np.trace(matrix)) / matrix.sum()
     assert float(shares.sel(step=30, direction="update")) == pytest.approx(expected, rel=1e-12)
+    figure, energy = off_block_energy_over_training(log)
+    stored = log["cross_layer"].to_dataset().sel(step=energy["step"].values)
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), 100 * stored["off_block_energy"].values)
+    figure, means = coupling_by_distance(log, step=20)
+    row = log["cross_layer"].to_dataset().sel(step=20)["coupling"].values
+    expected = [np.diagonal(row, offset=d).mean() for d in range(1, 6)]
+    np.testing.assert_allclose(means["coupling"], expected)
+    np.testing.assert_allclose(figure.axes[0].containers[0].lines[0].get_ydata(), expected)
+    figure, decrease = decrease_over_training(log)
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), log["train"]["actual_decrease"].values)
+    np.testing.assert_array_equal(
+        figure.axes[0].lines[1].get_ydata(), log["train"]["predicted_decrease"].values
+    )
     figure, curve = loss_curve(log)
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), log["train"]["loss"].values)
     np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), curve["held_out_loss"].dropna("step"))
@@ -68,14 +92,68 @@ def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path):
     save(coupling_heatmap(run)[0], tmp_path, "coupling")
 
 
-def test_the_script_saves_figures_and_prints_findings_and_files(run: Path, tmp_path):
-    other = write_run(tmp_path / "other" / "nano", seed=1)
-    call = [sys.executable, str(SCRIPT), str(run), str(other), "--out", str(tmp_path / "figures")]
-    result = subprocess.run(call, check=True, capture_output=True, text=True)
+@pytest.fixture
+def quick(monkeypatch):
+    """Writing PDF embeds fonts and takes half a second a figure; where files are counted, their names are enough."""
+
+    def touched(figure, folder: Path, name: str) -> list[Path]:
+        assert figure.axes
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{name}.pdf", folder / f"{name}.png"]
+        for path in paths:
+            path.touch()
+        return paths
+
+    monkeypatch.setattr("hessprobe.report.figures.save", touched)
+
+
+def test_every_figure_a_run_can_give_is_drawn_and_the_others_say_why(sketched, tmp_path, quick):
+    found = save_figures(open_run(sketched), tmp_path / "all")
+    names = {path.stem for path in found.written}
+    assert names >= {"jacobi_radius", "merge_gains", "grouping_curve", "importance"} and len(names) == 10
+    assert found.left_out == {} and len(found.written) == 20
+    bare = save_figures(open_run(write_run(tmp_path / "bare", steps=None)), tmp_path / "some")
+    assert {path.stem for path in bare.written} == {"loss", "decrease"}
+    assert len(bare.left_out) == 8 and "--probe cross_layer" in bare.left_out["merge_gains"]
+
+
+def test_the_command_writes_figures_and_says_which_are_missing(tmp_path, monkeypatch, capsys):
+    run, folder = write_run(tmp_path / "run", steps=None), tmp_path / "figures"
+    words = ["hessprobe", "report", str(run), "--figures"]
+    monkeypatch.setattr(sys, "argv", [*words, str(folder)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0] == f"report   {run / 'report.html'}"
+    assert sorted(line.split()[1] for line in told.out.splitlines()[1:]) == sorted(map(str, folder.iterdir()))
+    assert {path.name for path in folder.iterdir()} == {
+        "loss.pdf",
+        "loss.png",
+        "decrease.pdf",
+        "decrease.png",
+    }
+    assert "no figure merge_gains: this run holds no table 'cross_layer'" in told.err
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "give another --figures DIR" in capsys.readouterr().err
+
+
+def test_the_script_saves_figures_and_prints_findings_and_files(run: Path, tmp_path, quick, capsys):
+    other = write_run(tmp_path / "other" / "nano", seed=1, train_steps=0)
+    script = runpy.run_path(str(SCRIPT))
+    assert script["main"]([str(run), str(other), "--out", str(tmp_path / "figures")]) == 0
+    said = capsys.readouterr().out
     written = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    names = [f"nano-{i}-{name}" for i in (0, 1) for name in ("coupling", "cross_share", "loss")]
+    drawn = ("coupling", "coupling_by_distance", "off_block_energy", "cross_share")
+    names = [f"nano-{i}-{name}" for i in (0, 1) for name in drawn] + ["nano-0-loss", "nano-0-decrease"]
     assert written == sorted(f"{name}.{kind}" for name in names for kind in ("pdf", "png"))
-    assert all(name in result.stdout for name in written) and "lies between layers" in result.stdout
+    assert all(name in said for name in written) and "lies between layers" in said
+    assert "no figure merge_gains: this cross_layer table holds no layer kernels" in said
+    assert script["main"]([str(run), "--out", str(tmp_path), "--step", "7"]) == 2
+    assert "step 7 was not measured" in capsys.readouterr().err
 
 
 def test_the_script_answers_a_mistake_with_one_line(tmp_path):

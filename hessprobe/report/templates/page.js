@@ -83,7 +83,10 @@
     Plotly.restyle(area("distance"), {
       x: [placed.map(({ i, j }) => Math.abs(frames.depths[i] - frames.depths[j])), frames.distances],
       y: [placed.map((pair) => pair.value), row("coupling")],
-      customdata: [placed.map(({ i, j }) => escaped(frames.blocks[i] + " × " + frames.blocks[j])), row("coupling_stderr")],
+      customdata: [
+        placed.map(({ i, j, error }) => [escaped(frames.blocks[i] + " × " + frames.blocks[j]), error]),
+        row("coupling_stderr"),
+      ],
       "error_y.array": [null, row("coupling_stderr")],
     });
   }
