@@ -134,6 +134,33 @@ def dual_outputs(
         return z, torch.zeros_like(z) if jv is None else jv
 
 
+def linearised(
+    objective: Objective,
+    batch: Batch,
+    theta: Mapping[str, Tensor],
+    tangents: Mapping[str, Tensor],
+    groups: Sequence[Sequence[str]],
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns z (n, c) and, for each group of parameters, J v (n, c) for v on it alone, without a graph.
+
+    By forward mode, or where the model has none through double backward. Cost: 2/3 of a gradient a group (a third
+    more for z), at most.
+    """
+    try:
+        passes = [dual_outputs(objective, batch, theta, tangents, names) for names in groups]
+        return passes[0][0], [jv for _, jv in passes]
+    except (RuntimeError, NotImplementedError) as refusal:  # the model has no forward mode
+        if is_out_of_memory(refusal):
+            raise
+        leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
+
+        def by_reverse() -> tuple[Tensor, list[Tensor]]:
+            z = objective.outputs(batch, leaves)
+            return z.detach(), [jv.detach() for jv in reverse_tangents(z, leaves, tangents, groups)]
+
+        return with_parameters(objective.model, leaves, by_reverse)
+
+
 def block_tangents(
     objective: Objective, batch: Batch, partition: Partition, direction: Tensor, parameters: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -144,19 +171,8 @@ def block_tangents(
     theta, d = partition.unflatten(parameters.detach()), partition.unflatten(direction)
     groups = [partition.parameters_of(block) for block in partition.blocks]
     with measuring(objective.model):
-        try:
-            passes = [dual_outputs(objective, batch, theta, d, names) for names in groups]
-            return passes[0][0], torch.stack([jd for _, jd in passes])
-        except (RuntimeError, NotImplementedError) as refusal:  # the model has no forward mode
-            if is_out_of_memory(refusal):
-                raise
-            leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
-
-            def by_reverse() -> tuple[Tensor, Tensor]:
-                z = objective.outputs(batch, leaves)
-                return z.detach(), torch.stack(reverse_tangents(z, leaves, d, groups)).detach()
-
-            return with_parameters(objective.model, leaves, by_reverse)
+        z, tangents = linearised(objective, batch, theta, d, groups)
+    return z, torch.stack(tangents)
 
 
 def reverse_tangents(

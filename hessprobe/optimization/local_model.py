@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessprobe.curvature.gauss_newton import dual_outputs, dual_pass, reverse_tangents
+from hessprobe.curvature.gauss_newton import dual_pass, linearised
 from hessprobe.errors import unknown_name
 from hessprobe.problem.losses import Loss
-from hessprobe.problem.memory import is_out_of_memory
-from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
+from hessprobe.problem.objective import Batch, Objective, measuring
 
 MODELS = ("quadratic", "prox-linear")
 Names = tuple[str, ...]
@@ -81,27 +80,11 @@ def predicted_decrease(
     total = 0.0
     with measuring(objective.model):
         for batch in batches:
-            z, jd = _linearised(objective, batch, theta, delta)
+            z, (jd,) = linearised(objective, batch, theta, delta, [tuple(theta)])
             targets = objective.targets(batch)
             start = objective.loss_function.value(z, targets)
             total += float(start - expansion(objective.loss_function, z, targets, model)(jd)[0])
     return total / objective.tokens(batches)
-
-
-def _linearised(objective: Objective, batch: Batch, theta: Tensors, delta: Tensors) -> tuple[Tensor, Tensor]:
-    """Returns z and J delta without a graph."""
-    try:
-        return dual_outputs(objective, batch, theta, delta, tuple(theta))
-    except (RuntimeError, NotImplementedError) as refusal:  # the model has no forward mode
-        if is_out_of_memory(refusal):
-            raise
-        leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
-
-        def by_reverse() -> tuple[Tensor, Tensor]:
-            z = objective.outputs(batch, leaves)
-            return z.detach(), reverse_tangents(z, leaves, delta, [tuple(theta)])[0].detach()
-
-        return with_parameters(objective.model, leaves, by_reverse)
 
 
 def damped(value: float, gradient: dict[str, Tensor], delta: Tensors, damping: float) -> LocalGradient:
