@@ -344,7 +344,9 @@ class TestManyRuns:
         assert answer.code == 0, answer.error
         first, *rest = answer.out.splitlines()
         name, end = first.split(maxsplit=1)
-        assert name == "adamw" and end.startswith("learning rate 0.01: target not reached in 2 steps, held-out loss")
+        assert name == "adamw" and end.startswith(
+            "learning rate 0.01: target not reached in 2 steps, held-out loss"
+        )
         assert rest == ["runs     s", "next     hessprobe compare s"]
         assert Path("s/adamw/learning_rate-0.01/seed-0/log.zarr").is_dir()
         assert Path("s/warm-up/seed-0/log.zarr").is_dir()

@@ -49,7 +49,8 @@ def loss_against(comparison: Comparison, measure: str = "steps") -> tuple[Figure
         axes.axhline(comparison.target, color="#999999", linewidth=0.6, linestyle=":", zorder=0)
         axes.set_xlabel(SPENT[measure])
         axes.set_ylabel("held-out loss (nats per token)")
-        axes.legend()
+        # Above the curves, not over them.
+        figure.legend(loc="outside upper center", ncols=2, fontsize=6, handlelength=1.2, columnspacing=1.0)
     longest = max(curve.sizes["evaluation"] for curve in drawn)
     padded = [c.pad(evaluation=(0, longest - c.sizes["evaluation"]), constant_values=np.nan) for c in drawn]
     return figure, xr.concat(padded, dim="run")

@@ -12,19 +12,20 @@ from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import OptimizerRecipe
 
-# What a recipe that names none gets: of the rates tried on the recipe nano, the one with the least held-out loss.
+# What a recipe that names none gets. Baselines: of 4 rates each, tried over 18 steps of 8,192 bytes on the recipe nano
+# with 2 layers, about the one with the least held-out loss, and below it where that was the largest tried.
 LEARNING_RATES = {
     "full_gn": 0.02,
     "layerwise_gn": 0.02,
     "prox_linear": 0.02,
-    "adamw": 0.003,
-    "muon": 0.02,
-    "soap": 0.01,
+    "adamw": 0.01,
+    "muon": 0.05,
+    "soap": 0.02,
     "shampoo": 0.01,
-    "sophia": 0.003,
+    "sophia": 0.006,
     "kfac": 1.0,
 }
-INNER_LEARNING_RATES = {"adamw": 0.003, "soap": 0.003}  # of Gauss-Newton by another solver than Muon
+INNER_LEARNING_RATES = {"adamw": 0.01, "soap": 0.01}  # of Gauss-Newton by another solver than Muon
 PRECONDITIONED = ("soap", "shampoo", "sophia", "kfac")  # what has something to refresh
 
 
