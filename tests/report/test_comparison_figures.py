@@ -46,7 +46,7 @@ def test_loss_against_what_was_spent(compared, measure, a_step):
     np.testing.assert_allclose(one["held_out_loss"], falling(16))
     target = figure.axes[0].lines[-1]
     assert set(np.asarray(target.get_ydata())) == {2.0}
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][:2] == [
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == [
         "full GN",
         "layerwise GN",
     ]
