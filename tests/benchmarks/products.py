@@ -3,7 +3,8 @@
     python tests/benchmarks/products.py [--rounds 7] [--threads 1] [--width 512] [--layers 2]
 
 The unit is a training gradient of the same batch: the model's own attention, torch's cross-entropy, one backward
-pass. Peak memory is the growth of the process's resident set during one call (Linux), in the gradient's.
+pass. Peak memory is the growth of a process's resident set during one call (Linux), in the gradient's: a process of
+its own for each, at its third call, since what earlier calls leave in the heap would hide what a later one needs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import ctypes
 import gc
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -116,6 +118,13 @@ def peak_growth(call: Callable[[], object]) -> float:
     return _status("VmHWM") - before
 
 
+def memory_of(name: str, options: argparse.Namespace) -> float:
+    """Returns peak_growth of one contender's third call in a process of its own."""
+    given = {k: v for k, v in vars(options).items() if k != "memory_of"}
+    command = [sys.executable, __file__, "--memory-of", name, *(f"--{k}={v}" for k, v in given.items())]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def _status(field: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
@@ -130,10 +139,17 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     torch.set_num_threads(options.threads)
     contenders, line = cases(options.width, options.layers, options.sequences)
+    if options.memory_of:
+        call = contenders[options.memory_of][0]
+        call()
+        call()
+        print(peak_growth(call))
+        return
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for attempt in range(options.rounds + 1):  # the first round warms up
         for name, (call, products) in contenders.items():
@@ -143,7 +159,7 @@ def main() -> None:
                 times[name].append((time.perf_counter() - start) / products)
     unit = statistics.median(times["gradient"])
     linux = sys.platform == "linux"
-    memory = {name: peak_growth(call) for name, (call, _) in contenders.items()} if linux else {}
+    memory = {name: memory_of(name, options) for name in contenders} if linux else {}
     print(f"{line}, {options.threads} thread(s), median of {options.rounds} rounds")
     print(f"{'':<38}{'gradients a product':>20}{'fastest':>10}{'peak memory':>14}")
     for name, seconds in times.items():
