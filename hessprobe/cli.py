@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_MISTAKEN_CALL: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/nano.")]
 
@@ -303,13 +305,18 @@ def _stored_recipe(folder: Path) -> Recipe:
 def main() -> None:
     """Runs the command line: exit 2 for a mistake in the call, 1 for a run that failed."""
     try:
-        app()
+        # Not standalone: typer would load its formatter, a quarter of a second, to say that a word is misspelt.
+        code = app(standalone_mode=False)
+    except _MISTAKEN_CALL as mistake:
+        mistake.show()
+        sys.exit(mistake.exit_code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("stopped; the log and the last checkpoint are kept: go on with --resume", file=sys.stderr)
         sys.exit(130)
+    sys.exit(code)
