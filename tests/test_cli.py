@@ -373,3 +373,20 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(hessprobe, small):
     assert "block.0" in answer.out and "optimizer adamw, learning rate" in answer.out
     assert not any(Path.cwd().iterdir())
     refused(hessprobe("train", *small, "--dry-run", "--optimizer", "sgd"), "no optimizer named 'sgd'")
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(hessprobe, small, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hessprobe.training.loop.train", interrupted)
+    answer = hessprobe("train", *small)
+    assert answer.code == 130
+    assert "stopped; the log and the last checkpoint are kept: go on with --resume" in answer.error
+
+
+def test_a_misspelt_command_or_flag_is_told_with_the_likely_one(hessprobe):
+    answer = hessprobe("trian")
+    assert answer.code == 2 and "Did you mean 'train'?" in answer.error and not answer.out
+    answer = hessprobe("train", "--prob", "cross_layer")
+    assert answer.code == 2 and "--probe" in answer.error
