@@ -68,22 +68,22 @@ def train(
     if seeds is not None and seeds < 1:
         raise UserError(f"--seeds {seeds}: at least 1 seed")
     if resume and recipe == "nano" and out is not None and not (out / "log.zarr").exists():
-        recipe = (
-            str(out / "recipe.toml") if (out / "recipe.toml").is_file() else recipe
-        )  # a study keeps its own
+        if (out / "recipe.toml").is_file():  # a study keeps its own
+            recipe = str(out / "recipe.toml")
+    values = read_recipe(recipe)
     if dry_run:
-        checked = build_recipe(read_recipe(recipe), settings)
+        checked = build_recipe(values, settings)
         from hessprobe.training.plan import plan
 
         print(plan(checked, seeds))
         return
-    if seeds is not None or "study" in read_recipe(recipe):
-        _train_many(build_recipe(read_recipe(recipe), settings), out, seeds, resume)
+    if seeds is not None or "study" in values:
+        _train_many(build_recipe(values, settings), out, seeds, resume)
         return
     if resume:
         folder = out or _latest_run(recipe)
         stored = _stored_recipe(folder)
-        base = stored.model_dump(exclude_none=True) if recipe == "nano" else read_recipe(recipe)
+        base = stored.model_dump(exclude_none=True) if recipe == "nano" else values
         wanted = build_recipe(base, settings)
         changed = differences(stored, wanted)
         if changed:
@@ -92,7 +92,7 @@ def train(
                 "Resume it without these, or start a new run with another --out"
             )
     else:
-        wanted = build_recipe(read_recipe(recipe), settings)
+        wanted = build_recipe(values, settings)
         folder = out or _free_folder(Path("runs") / wanted.name)
         if (folder / "log.zarr").exists():
             raise UserError(

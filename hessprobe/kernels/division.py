@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.kernels.plan import NotOneCall, Plan, without
-from hessprobe.kernels.sequence_gradients import cut, outputs_of, watched
+from hessprobe.kernels.sequence_gradients import outputs_of, watched
 from hessprobe.kernels.sketches import Draws
 from hessprobe.kernels.stream import Stream
+from hessprobe.problem.batches import cut
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective, with_parameters
 from hessprobe.problem.partition import Partition

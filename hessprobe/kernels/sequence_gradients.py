@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hessprobe.errors import UserError
 from hessprobe.kernels.plan import MASKED
+from hessprobe.problem.batches import cut
 from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
 from hessprobe.problem.partition import Partition
 
@@ -114,20 +114,3 @@ def sequence_gradients(
                     found(r, b, pulled(part, masked.view_as(cotangent), True))
 
     with_parameters(objective.model, leaves, passes)
-
-
-def cut(batch: Batch, start: int, stop: int, count: int) -> Batch:
-    """Returns sequences start to stop of a batch of `count`: of every tensor whose first dimension counts them.
-
-    Raises:
-        UserError: a batch that is neither a mapping nor a tuple or list.
-    """
-
-    def part(x: object) -> object:
-        return x[start:stop] if isinstance(x, Tensor) and x.dim() and x.shape[0] == count else x
-
-    if isinstance(batch, Mapping):
-        return {key: part(value) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(part(x) for x in batch)
-    raise UserError(f"cannot take single sequences from a batch of type {type(batch).__name__}")

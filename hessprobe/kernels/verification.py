@@ -10,8 +10,9 @@ from torch import Tensor
 from hessprobe.errors import UserError
 from hessprobe.kernels.division import within_memory
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, NotOneCall, Plan, first_plan, without
-from hessprobe.kernels.sequence_gradients import cut, sequence_gradients, watched
+from hessprobe.kernels.sequence_gradients import sequence_gradients, watched
 from hessprobe.kernels.stream import Cotangents, Stream
+from hessprobe.problem.batches import cut
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective, with_parameters
 from hessprobe.problem.partition import Partition

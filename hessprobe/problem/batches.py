@@ -13,19 +13,32 @@ from hessprobe.errors import UserError
 Batch = Any  # (inputs, targets), a Hugging Face mapping with "labels", or whatever forward= and targets= take
 
 
-def cut(batch: Batch, pieces: int) -> list[Batch]:
+def pieces_of(batch: Batch, pieces: int) -> list[Batch]:
     """Returns the batch as that many batches of its sequences, or whole where its entries do not share a length."""
-    entries = dict(batch.items() if isinstance(batch, Mapping) else enumerate(batch))
-    counts = {x.shape[0] if isinstance(x, Tensor) and x.dim() else None for x in entries.values()}
+    entries = batch.values() if isinstance(batch, Mapping) else batch
+    counts = {x.shape[0] if isinstance(x, Tensor) and x.dim() else None for x in entries}
     count = counts.pop() if len(counts) == 1 else None
     if count is None or count < 2:
         return [batch]
     size = -(-count // pieces)
-    parts = []
-    for start in range(0, count, size):
-        part = {key: x[start : start + size] for key, x in entries.items()}
-        parts.append(part if isinstance(batch, Mapping) else tuple(part.values()))
-    return parts
+    return [cut(batch, start, min(start + size, count), count) for start in range(0, count, size)]
+
+
+def cut(batch: Batch, start: int, stop: int, count: int) -> Batch:
+    """Returns sequences start to stop of a batch of `count`: of every tensor whose first dimension counts them.
+
+    Raises:
+        UserError: a batch that is neither a mapping nor a tuple or list.
+    """
+
+    def part(x: object) -> object:
+        return x[start:stop] if isinstance(x, Tensor) and x.dim() and x.shape[0] == count else x
+
+    if isinstance(batch, Mapping):
+        return {key: part(value) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(part(x) for x in batch)
+    raise UserError(f"cannot take single sequences from a batch of type {type(batch).__name__}")
 
 
 def is_tensor_list(batch: object) -> bool:

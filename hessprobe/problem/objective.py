@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessprobe.errors import UserError
 from hessprobe.problem.activations import closed_form_activations
-from hessprobe.problem.batches import Batch, cut, default_forward, default_targets, is_tensor_list
+from hessprobe.problem.batches import Batch, default_forward, default_targets, is_tensor_list, pieces_of
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.partition import Partition, unwrapped
 
@@ -95,7 +95,7 @@ class Objective:
         where sequences of one batch see each other: a model's outputs on halves are compared once with the whole's.
         Cost: two forward passes, once.
         """
-        found = [batch] if pieces < 2 or self._splits is False else cut(batch, pieces)
+        found = [batch] if pieces < 2 or self._splits is False else pieces_of(batch, pieces)
         if len(found) > 1 and self._splits is None:
             with measuring(self.model, forward_mode=False), torch.no_grad():
                 whole, joined = self.outputs(batch), torch.cat([self.outputs(part) for part in found])
