@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from hessprobe.errors import UserError
@@ -66,3 +67,25 @@ def rademacher(
     """
     signs = torch.randint(0, 2, (k, p), generator=generator, device=generator.device, dtype=torch.int8)
     return signs.to(device).to(dtype).mul_(2).sub_(1)
+
+
+def log_interval(
+    mean: Tensor, stderr: Tensor, freedom: Tensor | float, level: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Returns the ends of an interval for a positive, skewed quantity, mean exp(-+ t stderr / mean).
+
+    By the delta method stderr / mean is the logarithm's error; t is Student's with so many degrees of freedom. Where the
+    estimate is not positive the interval is mean -+ t stderr.
+
+    Raises:
+        UserError: a level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise UserError(f"level must lie between 0 and 1, got {level}")
+    quantile = stdtrit(torch.as_tensor(freedom, dtype=torch.float64).cpu().numpy(), (1 + level) / 2)
+    spread = torch.as_tensor(quantile, dtype=mean.dtype, device=mean.device) * stderr
+    factor = (spread / mean).exp()
+    positive = mean > 0
+    return torch.where(positive, mean / factor, mean - spread), torch.where(
+        positive, mean * factor, mean + spread
+    )

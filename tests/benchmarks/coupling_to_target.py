@@ -74,9 +74,7 @@ def block_of(count: int) -> Callable[[str], str]:
 
 def gradients_to_target(problem: Setting, rounds: int, quick: bool) -> Iterator[Need]:
     """Yields what each partition takes; sketches of 86 blocks serve all, as coarser blocks' kernels are sums."""
-    truth_parts, truth_rounds, seeds, most_rounds, most_probes = (
-        (2, 2, 2, 3, 1) if quick else (16, 8, 8, 16, 4)
-    )
+    truth_parts, truth_rounds, seeds, most_rounds = (2, 2, 2, 3) if quick else (8, 4, 6, 4)
     finest = Partition.of(problem.model, block_of(86))
     plan = verified_plan(problem.objective, problem.batch, finest)
     truth_sketches = [problem.kernels(finest, truth_rounds, 1000 + seed, plan) for seed in range(truth_parts)]
@@ -88,7 +86,8 @@ def gradients_to_target(problem: Setting, rounds: int, quick: bool) -> Iterator[
         truth = coupling_of(norms.mean(0))
         coarse = [summed(k, finest, count) for k in sketches]
         needed = rounds_needed(coarse, truth, most_rounds)
-        probes, errors = probes_needed(problem, partition, truth, most_probes)
+        # A probe a block is a product: with 86 blocks four of them, twice, would take most of an hour.
+        probes, errors = probes_needed(problem, partition, truth, 1 if quick else 2 if count > 26 else 4)
         seconds = problem.median_times(
             {
                 "gradient": problem.gradient,

@@ -5,7 +5,7 @@
 
 (a) one to four rounds in gradients, and (c) their peak memory, on a decoder of more than 5 M parameters (or --size);
 (b) gradients spent until the coupling's mean absolute error over pairs is 0.05, for 6, 14, 26 and 86 blocks of one
-12-layer decoder; (d) seconds of all of analysis.grouping on 14 blocks and 256 sketches. About 6 minutes on a quiet core.
+12-layer decoder; (d) seconds of all of analysis.grouping on 14 blocks and 256 sketches. About 25 minutes on a quiet core.
 --quick checks that it runs, on sizes whose figures mean nothing. On a GPU: (a) and (c), autocast with bfloat16.
 """
 
@@ -130,14 +130,14 @@ def to_target(problem: Problem, rounds: int, quick: bool) -> None:
             f"  {need.blocks:>6} {need.rounds:>8} {need.ours:>9.2f} {need.probes:>8} {need.product:>10.2f} "
             f"{need.theirs:>11.1f} {need.theirs / need.ours:>7.1f}   errors by probes: {_series(need)}"
         )
-    print(LEGEND.format(truth=4 if quick else 128))
+    print(LEGEND.format(truth=4 if quick else 32, seeds=2 if quick else 6))
 
 
 LEGEND = """\
   Targets: kernels flat in the blocks; ratio at least 20 at 14 blocks, 100 at 86.
   kernels, a product: measured seconds on this model (a product: curvlinops' GGN with all parameters, fused attention
   off), over a gradient's in the same interleaved rounds. curvlinops: blocks x probes x a product.
-  rounds: the fewest whose error, over 8 seeds and all pairs, is within 0.05 (first rounds of the same sketches).
+  rounds: the fewest whose error, over {seeds} seeds and all pairs, is within 0.05 (first rounds of the same sketches).
   probes a block: likewise over 2 repetitions, signs through our products, batched to save time (they equal curvlinops'
   to 2e-7, products.py). '~': not reached with those measured, and from error ~ probes^-1/2, which is used only where it
   held within 25 % in this run. '>': not reached, the law did not hold, and costs are those of the most that were tried.
@@ -200,7 +200,7 @@ def main() -> None:
         config, (sequences, length) = DECODERS["tiny" if options.quick else options.size]
         one_round(Problem(config, sequences, length, options.device, autocast), rounds)
     if "b" in options.parts:
-        sequences, length = (3, 4) if options.quick else (8, 64)
+        sequences, length = (3, 4) if options.quick else (64, 64)  # as many as the probe reads by default
         to_target(Problem(TWELVE_LAYERS, sequences, length, options.device, autocast), rounds, options.quick)
     if "d" in options.parts:
         grouping_time(options.quick)

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from hessprobe.errors import UserError
-from hessprobe.estimation.sampling import Estimate, rademacher
+from hessprobe.estimation.sampling import Estimate, log_interval, rademacher
 
 Seeded = Callable[[int], torch.Generator]
 
@@ -109,3 +109,19 @@ def test_the_jackknife_of_a_ratio_loses_the_bias_and_covers_the_truth(generator:
     covered = float((errors.abs() < float(stats.t.ppf(0.975, k - 1)) * stderrs).double().mean())
     # 1 % allowed for the ratio's skewness beside 4 binomial deviations.
     assert abs(covered - 0.95) < 0.01 + 4 * (0.95 * 0.05 / seeds) ** 0.5
+
+
+def test_log_intervals_are_students_on_the_logarithm_and_symmetric_where_there_is_none():
+    mean, stderr = torch.tensor([4.0, 4.0, -1.0]).double(), torch.tensor([1.0, 1.0, 0.5]).double()
+    low, high = log_interval(mean, stderr, torch.tensor([3.0, 1e9, 3.0]), level=0.9)
+    t3, normal = stats.t.ppf(0.95, 3), stats.norm.ppf(0.95)
+    torch.testing.assert_close((low * high)[:2].sqrt(), mean[:2])
+    assert float((high[0] / mean[0]).log()) == pytest.approx(t3 / 4)
+    assert float((high[1] / mean[1]).log()) == pytest.approx(normal / 4, rel=1e-6)
+    assert (float(low[2]), float(high[2])) == pytest.approx((-1 - 0.5 * t3, -1 + 0.5 * t3))
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
+def test_a_level_is_between_0_and_1(level):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        log_interval(torch.ones(1), torch.ones(1), 3.0, level)

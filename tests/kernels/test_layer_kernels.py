@@ -265,9 +265,10 @@ def test_intervals_of_block_norms_hold_the_truth_more_often_than_symmetric_ones(
     plain = torch.stack(
         [(e.mean - truth).abs() < 2 * e.stderr for e in (k.block_norms(quantity) for k in kernels)]
     )
-    least = 0.84 if "2" in case else 0.87
+    least, mean = (0.885, 0.92) if "2" in case else (0.91, 0.94)
     assert (held.double().mean(0) > least).all(), held.double().mean(0)
-    assert held.double().mean() > plain.double().mean() + 0.01
+    assert mean < held.double().mean() < 0.965
+    assert held.double().mean() > plain.double().mean() + 0.02
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -454,9 +455,10 @@ def test_intervals_of_estimates_that_are_not_positive_are_symmetric():
     norms = kernels.block_norms()
     less = replace(kernels)
     less.__dict__["_population"] = (norms.mean - 2 * norms.mean.max(), less._population[1])
-    low, high = less.block_norm_intervals(errors=1.0)
+    low, high = less.block_norm_intervals()
     mean, stderr = less.block_norms().mean, less.block_norms().stderr
-    assert torch.equal(low, mean - stderr) and torch.equal(high, mean + stderr)
+    torch.testing.assert_close(low + high, 2 * mean)
+    assert (high - mean > 1.96 * stderr).all()
 
 
 def test_batches_without_targets_and_other_losses_are_refused():
