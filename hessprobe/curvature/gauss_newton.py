@@ -2,21 +2,25 @@
 
 One vector: a single forward pass of dual numbers that keeps the reverse graph, 5/3 gradients by operation count.
 Several: tangents batched over one linearisation, then batched pull-backs, 4/3 gradients each and 2/3 once.
+Many at one theta, or restricted to each of several groups: from graphs made once, see curvature/linearisation.py.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from hessprobe.curvature.linearisation import Linearisation, NotLinearisable
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
+from hessprobe.curvature.tangents import linearised, reverse_tangents
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
-from hessprobe.problem.partition import Partition
 
 
 class GaussNewton(ModelOperator):
@@ -24,12 +28,114 @@ class GaussNewton(ModelOperator):
 
     Cost of `apply` on (k, p) rows, in gradients by operation count: 1.67 for k = 1, 1.33 k + 0.67 for more; through
     double backward, where the model has no forward mode, 2.33 k. Restricted to the columns and rows of a block, no
-    tangent is computed below the block and no gradient outside it.
+    tangent is computed below the block and no gradient outside it. `group_diagonal` takes (K + 6) / 3 for K groups.
 
     Source: G as in Abreu et al. 2025 (arXiv 2510.09378), section 3; products as in Schraudolph 2002.
     """
 
     ENGINES = ("forward-mode", "double-backward")
+    _keep = 0  # bytes of linearisations that may live on between products
+    _kept: Mapping[int, tuple[Batch, Linearisation]] = MappingProxyType({})  # by the batch's id
+    _linear: bool | None = None  # whether this model can be linearised; None: not tried yet
+    _usual_layers = False  # whether its layers must stay as they are for that
+    _twice = True  # whether reverse mode can be believed to differentiate it twice
+
+    def linearised(self, keep: int) -> GaussNewton:
+        """Returns G at the present theta for many products with single rows: the network's linearisation is kept.
+
+        A product then takes 4/3 of a gradient, (K + 3) / 3 restricted to each of K groups, and 2/3 or (K + 3) / 6 for
+        tangents alone; in a batch's first product 1 more. Where the model cannot be linearised, as without it.
+
+        Args:
+            keep: bytes that linearisations may hold; micro-batches beyond it are linearised anew in every product.
+        """
+        found = copy.copy(self)
+        if found._theta is None:
+            found._theta = {name: leaf.clone() for name, leaf in self.leaves(()).items()}
+        found._engines, found._keep, found._kept = list(self._engines), keep, {}
+        return found
+
+    def tangents(self, batch: Batch, directions: Tensor, groups: Sequence[Blocks]) -> tuple[Tensor, Tensor]:
+        """Returns z (n, c) of one of the `pieces`, and J_S d_S (k, g, n, c) for each direction d (k, p) and group S.
+
+        Cost: (g + 3) / 6 gradients of the piece a direction, and 1 where it is not linearised yet.
+        """
+        names = [self.names_in(group) for group in groups]
+        rows = [self.partition.unflatten(d) for d in directions]
+        with measuring(self.objective.model):
+            while self._may_linearise():
+                try:
+                    z_and_j = self._linearisation(batch)
+                    found = [torch.stack([z_and_j.tangent(row, own) for own in names]) for row in rows]
+                    return z_and_j.outputs, torch.stack(found)
+                except (RuntimeError, NotImplementedError) as refusal:
+                    if self._refused(refusal):
+                        self._linear = False
+            theta = self.leaves(())
+            passes = [
+                linearised(self.objective, batch, theta, row, names, reverse=self._twice) for row in rows
+            ]
+        return passes[0][0], torch.stack([torch.stack(found) for _, found in passes])
+
+    def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        found = self._by_linearisation(v, ((columns, rows),)) if self._keep else None
+        return super()._apply(v, columns, rows) if found is None else found
+
+    def _apply_groups(self, v: Tensor, groups: Sequence[tuple[Blocks, Blocks]]) -> Tensor:
+        found = self._by_linearisation(v, groups) if self._keep or len(groups) > 1 else None
+        return super()._apply_groups(v, groups) if found is None else found
+
+    def _by_linearisation(self, v: Tensor, groups: Sequence[tuple[Blocks, Blocks]]) -> Tensor | None:
+        """Returns the sum of products restricted to each group (columns, rows), or None where that cannot be had."""
+        names = [(self.names_in(columns), self.names_in(rows)) for columns, rows in groups]
+        while self._may_linearise():
+            product = torch.zeros_like(v)
+            try:
+                with measuring(self.objective.model):
+                    for batch in self.pieces:
+                        z_and_j = self._linearisation(batch)
+                        z = z_and_j.outputs
+                        for row, into in zip(v, product, strict=True):
+                            d, shares = self.partition.unflatten(row), self.partition.unflatten(into)
+                            for moved, wanted in names:
+                                curved = self._curve(z, batch, z_and_j.tangent(d, moved))
+                                for name, share in z_and_j.pull_back(curved, wanted).items():
+                                    shares[name].add_(share)
+                return product
+            except (RuntimeError, NotImplementedError) as refusal:
+                if self._refused(refusal) and not self._cut_finer():
+                    self._linear = False
+        return None
+
+    def _may_linearise(self) -> bool:
+        return self._linear is not False and self._engines != [self.ENGINES[0]]
+
+    def _refused(self, refusal: Exception) -> bool:
+        """Draws the consequence of a failure; tells whether memory ran out though nothing was kept."""
+        if not is_out_of_memory(refusal):
+            self._kept = {}
+            if self._usual_layers:
+                self._linear, self._twice = False, not isinstance(refusal, NotLinearisable)
+            else:
+                self._linear, self._usual_layers = None, True
+            return False
+        nothing_kept = not self._kept
+        self._keep, self._kept = 0, {}
+        return nothing_kept
+
+    def _linearisation(self, batch: Batch) -> Linearisation:
+        """Returns a piece's linearisation, kept or made now; the first is checked."""
+        if id(batch) in self._kept:
+            return self._kept[id(batch)][1]
+        found = Linearisation(
+            self.objective, batch, self.leaves(), counted=self._keep > 0, usual_layers=self._usual_layers
+        )
+        if self._linear is None:
+            found.check([self.partition.parameters_of(block) for block in self.partition.blocks])
+            self._linear = True
+        if found.bytes + sum(graph.bytes for _, graph in self._kept.values()) <= self._keep > 0:
+            self._kept = {**self._kept, id(batch): (batch, found)}
+        return found
 
     def _product(self, engine: str, k: int) -> Callable[..., Tensor]:
         if engine == "double-backward":
@@ -118,86 +224,6 @@ def dual_pass(
             return pull_back(w, retain_graph=False, create_graph=False)[0]
 
     return z, jv, transposed
-
-
-def dual_outputs(
-    objective: Objective,
-    batch: Batch,
-    theta: Mapping[str, Tensor],
-    tangents: Mapping[str, Tensor],
-    moved: Sequence[str],
-) -> tuple[Tensor, Tensor]:
-    """Returns outputs z (n, c) and J v (n, c) for v on the parameters `moved`, without any graph."""
-    with torch.no_grad(), forward_ad.dual_level():
-        duals = {n: forward_ad.make_dual(x, tangents[n]) if n in moved else x for n, x in theta.items()}
-        z, jv = forward_ad.unpack_dual(objective.outputs(batch, duals))
-        return z, torch.zeros_like(z) if jv is None else jv
-
-
-def linearised(
-    objective: Objective,
-    batch: Batch,
-    theta: Mapping[str, Tensor],
-    tangents: Mapping[str, Tensor],
-    groups: Sequence[Sequence[str]],
-) -> tuple[Tensor, list[Tensor]]:
-    """Returns z (n, c) and, for each group of parameters, J v (n, c) for v on it alone, without a graph.
-
-    By forward mode, or where the model has none through double backward. Cost: 2/3 of a gradient a group (a third
-    more for z), at most.
-    """
-    try:
-        passes = [dual_outputs(objective, batch, theta, tangents, names) for names in groups]
-        return passes[0][0], [jv for _, jv in passes]
-    except (RuntimeError, NotImplementedError) as refusal:  # the model has no forward mode
-        if is_out_of_memory(refusal):
-            raise
-        leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
-
-        def by_reverse() -> tuple[Tensor, list[Tensor]]:
-            z = objective.outputs(batch, leaves)
-            return z.detach(), [jv.detach() for jv in reverse_tangents(z, leaves, tangents, groups)]
-
-        return with_parameters(objective.model, leaves, by_reverse)
-
-
-def block_tangents(
-    objective: Objective, batch: Batch, partition: Partition, direction: Tensor, parameters: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns outputs z (n, c) and J_i d_i (l, n, c) for every block i of a direction d (p,), without a graph.
-
-    Cost: l tangent passes, each from its block upward; at most 0.67 l gradients.
-    """
-    theta, d = partition.unflatten(parameters.detach()), partition.unflatten(direction)
-    groups = [partition.parameters_of(block) for block in partition.blocks]
-    with measuring(objective.model):
-        z, tangents = linearised(objective, batch, theta, d, groups)
-    return z, torch.stack(tangents)
-
-
-def reverse_tangents(
-    outputs: Tensor,
-    leaves: Mapping[str, Tensor],
-    tangents: Mapping[str, Tensor],
-    groups: Sequence[Sequence[str]],
-) -> list[Tensor]:
-    """Returns J v (n, c) for v on each group of parameters, without forward mode.
-
-    J^T w is linear in w, so its own reverse pass along v gives J v ("double backward").
-    """
-    w = torch.zeros_like(outputs, requires_grad=True)
-    names = [name for group in groups for name in group]
-    pulled = torch.autograd.grad(outputs, [leaves[n] for n in names], w, create_graph=True, allow_unused=True)
-    by_name = dict(zip(names, pulled, strict=True))
-    found = []
-    for group in groups:
-        live = [(g, tangents[n]) for n in group if (g := by_name[n]) is not None]
-        if live:
-            firsts, along = zip(*live, strict=True)
-            found.append(torch.autograd.grad(firsts, w, along, retain_graph=True)[0])
-        else:
-            found.append(torch.zeros_like(outputs))
-    return found
 
 
 def _pull_back(z: Tensor, leaves: list[Tensor], cotangent: Tensor, batched: bool = False) -> list[Tensor]:

@@ -1,23 +1,28 @@
 """H v, the Hessian of the mean loss per token applied to vectors.
 
 Forward over reverse (Pearlmutter 1994): tangents through the gradient's own passes, 3 gradients by operation count,
-2 each (and 1 once) for several vectors at one theta. Reverse over reverse where a model forbids forward mode.
+2 each (and 1 once) for several vectors at one theta. Reverse over reverse where a model forbids forward mode, and for
+many products at one theta, from graphs of the gradient made once (curvature/gradient_graph.py).
 `torch.func.hessian` is not used: it is silently wrong for affine LayerNorm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
+from typing import Self
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from hessprobe.curvature.gradient_graph import GradientGraph
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
 from hessprobe.problem.memory import is_out_of_memory
-from hessprobe.problem.objective import Batch, with_parameters
+from hessprobe.problem.objective import Batch, measuring
 
 
 class Hessian(ModelOperator):
@@ -31,6 +36,9 @@ class Hessian(ModelOperator):
     ENGINES = ("forward-over-reverse", "reverse-over-reverse")
     FILLS_CPU = 256  # it keeps more than a Gauss-Newton product does
     _record = False
+    _keep = 0  # bytes of gradient graphs that may live on between products
+    _kept: Mapping[int, GradientGraph] = MappingProxyType({})  # by the piece's id
+    _compared = False  # whether products from graphs have been found to be those without
 
     def _product(self, engine: str, k: int) -> Callable[..., Tensor]:
         return self._forward_over_reverse if engine == "forward-over-reverse" else self._reverse_over_reverse
@@ -96,49 +104,84 @@ class Hessian(ModelOperator):
             return self.objective.outputs(batch, {**theta, **own})
 
         z, pull_back, *_ = torch.func.vjp(outputs, {name: theta[name] for name in self.names_in(rows)})
-        # The loss's gradient in closed form: differentiating through log-softmax would dominate the cost.
-        cotangent = self.objective.loss_function.gradient(z, self.objective.targets(batch)) / self.tokens
-        return pull_back(cotangent, retain_graph=self._record, create_graph=self._record)[0]
+        return pull_back(self._cotangent(z, batch), retain_graph=self._record, create_graph=self._record)[0]
+
+    def _cotangent(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Returns (1/N) dloss/dz (n, c), differentiable in the outputs."""
+        # In closed form: differentiating through log-softmax would dominate the cost.
+        return self.objective.loss_function.gradient(outputs, self.objective.targets(batch)) / self.tokens
 
     def _reverse_over_reverse(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
-        leaves = self.leaves(self.partition.names)
-        return with_parameters(
-            self.objective.model, leaves, lambda: self._double_backward(batch, v, columns, rows, leaves)
-        )
+        moved, wanted = self.names_in(columns), self.names_in(rows)
+        return self._through(self._graph(batch, moved), v, moved, wanted)
 
-    def _double_backward(
-        self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks, leaves: dict[str, Tensor]
+    def _graph(self, batch: Batch, names: Sequence[str]) -> GradientGraph:
+        leaves, cotangent = self.leaves(self.partition.names), partial(self._cotangent, batch=batch)
+        return GradientGraph(self.objective, batch, leaves, cotangent, names, counted=self._keep > 0)
+
+    def _through(
+        self, graph: GradientGraph, v: Tensor, moved: Sequence[str], wanted: Sequence[str]
     ) -> Tensor:
-        wanted, moved = self.names_in(rows), self.names_in(columns)
-        targets = self.objective.targets(batch)
-        z = self.objective.outputs(batch, leaves)
-        cotangent = self.objective.loss_function.gradient(z, targets) / self.tokens
-        # H is symmetric: the gradient of (gradient_columns . v_columns) gives the wanted rows.
-        firsts = torch.autograd.grad(
-            z, [leaves[n] for n in moved], cotangent, create_graph=True, allow_unused=True
-        )
-        seconds = []
-        for row in v:
-            tangents = self.partition.unflatten(row)
-            pairs = [(g, tangents[n]) for n, g in zip(moved, firsts, strict=True) if g is not None]
-            live = [(g, t) for g, t in pairs if g.requires_grad]
-            if not live:  # linear in every moved parameter
-                seconds.append({name: torch.zeros_like(leaves[name]) for name in wanted})
-                continue
-            found = torch.autograd.grad(
-                [g for g, _ in live],
-                [leaves[n] for n in wanted],
-                [t for _, t in live],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            seconds.append(
-                {
-                    n: torch.zeros_like(leaves[n]) if s is None else s
-                    for n, s in zip(wanted, found, strict=True)
-                }
-            )
-        return self.flatten_rows({n: torch.stack([s[n] for s in seconds]) for n in wanted}, v.shape[0])
+        product = torch.zeros_like(v)
+        for row, into in zip(v, product, strict=True):
+            shares = self.partition.unflatten(into)
+            for name, share in graph.product(self.partition.unflatten(row), moved, wanted).items():
+                shares[name].copy_(share)
+        return product
+
+    def linearised(self, keep: int, *, compare: bool = True) -> Self:
+        """Returns H at the present theta for many products: the graph of the gradient is kept between them.
+
+        A product then takes 2 gradients for each row, and the first one 1 more. Where the graphs of all micro-batches
+        hold more than `keep` bytes, or the model refuses them, products are as without it.
+
+        Args:
+            compare: one product from a graph is compared with one without it first, for up to 5 gradients: a function
+                whose backward pass cannot be differentiated may drop out of a graph without an error.
+        """
+        found = copy.copy(self)
+        if found._theta is None:
+            found._theta = {name: leaf.clone() for name, leaf in self.leaves(()).items()}
+        found._engines, found._keep, found._kept = list(self._engines), keep, {}
+        found._compared = not compare
+        return found
+
+    @property
+    def from_graphs(self) -> bool:
+        """Whether products have come from kept graphs, which were compared or trusted."""
+        return bool(self._keep and self._kept)
+
+    def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        if self._keep:
+            try:
+                if not self._compared:
+                    self._compare(self.pieces[0])
+                return self._over_batches(self._by_kept_graph, v, columns, rows)
+            except (RuntimeError, NotImplementedError, MemoryError):
+                # No memory, or no second derivatives in reverse mode: forward mode may still have them.
+                self._keep, self._kept = 0, {}
+        return super()._apply(v, columns, rows)
+
+    def _compare(self, piece: Batch) -> None:
+        """Raises where a product from a graph is not the product without it, on one piece."""
+        v = torch.randn(1, self.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        v, everything = v.to(self.device, self.dtype), self.partition.blocks
+        with measuring(self.objective.model):
+            kept = self._by_kept_graph(piece, v, everything, everything)
+        theta = None if self._theta is None else self.partition.flatten(self._theta)
+        other = type(self)(self.objective, piece, self.partition, parameters=theta, memory=self.memory)
+        gap = (kept - other.apply(v) * (other.tokens / self.tokens)).norm()
+        if gap > torch.finfo(self.dtype).eps ** 0.4 * kept.norm():
+            raise NotImplementedError("products from the gradient's own graph differ from those without it")
+        self._compared = True
+
+    def _by_kept_graph(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        """Returns a piece's share of products, from its graph: kept, or made now."""
+        if id(batch) not in self._kept:
+            self._kept = {**self._kept, id(batch): self._graph(batch, self.partition.names)}
+            if sum(graph.bytes for graph in self._kept.values()) > self._keep:
+                raise MemoryError("the graphs of all micro-batches hold more than they may")
+        return self._through(self._kept[id(batch)], v, self.names_in(columns), self.names_in(rows))
 
 
 def _handed_over(name: str, keep: Callable[[str, Tensor], None], gradient: Tensor) -> Tensor:

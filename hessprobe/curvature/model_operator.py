@@ -122,7 +122,8 @@ class ModelOperator(CurvatureOperator):
 
         def note(t: Tensor) -> Tensor:
             seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
+            # Not t: an output that its own graph holds is never freed. Nor nothing: a place freed is given out again.
+            return t.detach()
 
         own = {p.untyped_storage().data_ptr() for p in self.objective.model.parameters()}
         largest = 0

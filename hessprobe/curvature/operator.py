@@ -76,9 +76,30 @@ class CurvatureOperator:
         """Returns A + damping I."""
         return DampedOperator(self, damping)
 
-    def block_diagonal(self) -> BlockDiagonalOperator:
-        """Returns blkdiag(A_11, ..., A_ll): the cross-layer blocks cut off. Cost: l block-restricted products."""
-        return BlockDiagonalOperator(self)
+    def block_diagonal(self) -> GroupDiagonalOperator:
+        """Returns blkdiag(A_11, ..., A_ll): the cross-layer blocks cut off. Cost: see `group_diagonal`."""
+        return self.group_diagonal([(block,) for block in self.partition.blocks])
+
+    def group_diagonal(self, groups: Sequence[Blocks]) -> GroupDiagonalOperator:
+        """Returns blkdiag(A_SS) over groups S of blocks: what lies between groups is cut off.
+
+        A block in no group has a zero row and column. Cost: a group-restricted product each; of Gauss-Newton
+        (K + 6) / 3 gradients for K groups of equal work.
+
+        Raises:
+            UserError: a block that does not exist, or stands in two groups.
+        """
+        return GroupDiagonalOperator(self, groups)
+
+    def _apply_groups(self, v: Tensor, groups: Sequence[tuple[Blocks, Blocks]]) -> Tensor:
+        """Returns the sum over groups (columns, rows) of the products restricted to them; the rows are disjoint."""
+        product = torch.zeros_like(v)
+        for columns, rows in groups:
+            part = self._apply(v, columns, rows)
+            for block in rows:
+                where = self.partition.slices[block]
+                product[:, where] = part[:, where]
+        return product
 
     def to_dense(self) -> Tensor:
         """Returns the (p, p) matrix. Cost: p products.
@@ -146,17 +167,23 @@ class DampedOperator(CurvatureOperator):
         return product
 
 
-class BlockDiagonalOperator(CurvatureOperator):
-    """blkdiag(A_11, ..., A_ll); a block's product computes no tangents and no gradients outside the block."""
+class GroupDiagonalOperator(CurvatureOperator):
+    """blkdiag(A_SS) over groups S; a group's product computes no tangents and no gradients outside it."""
 
-    def __init__(self, operator: CurvatureOperator) -> None:
+    def __init__(self, operator: CurvatureOperator, groups: Sequence[Blocks]) -> None:
         super().__init__(operator.partition, operator.dtype, operator.device)
         self.operator = operator
+        self.groups = tuple(tuple(group) for group in groups)
+        named = [block for group in self.groups for block in group]
+        self.partition.check(*named)
+        twice = sorted({block for block in named if named.count(block) > 1})
+        if twice:
+            raise UserError(f"groups: {', '.join(twice)} named more than once; a block belongs to one group")
 
     def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
-        product = torch.zeros_like(v)
-        for block in self.partition.blocks:
-            if block in columns and block in rows:
-                where = self.partition.slices[block]
-                product[:, where] = self.operator._apply(v, (block,), (block,))[:, where]
-        return product
+        parts = [
+            (tuple(b for b in group if b in columns), tuple(b for b in group if b in rows))
+            for group in self.groups
+        ]
+        parts = [(own, wanted) for own, wanted in parts if own and wanted]
+        return self.operator._apply_groups(v, parts) if parts else torch.zeros_like(v)

@@ -7,6 +7,7 @@ objective divides by the number of tokens of ALL micro-batches.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 
 import torch
@@ -137,14 +138,31 @@ def loss_named(loss: str | Callable[[Tensor, Tensor], Tensor] | Loss, ignore_ind
     """Returns the loss for a name, or wraps a function.
 
     Raises:
-        UserError: a name that is none of the closed forms.
+        UserError: a name that is none of the closed forms, or a function that needs more than outputs and targets.
     """
     if isinstance(loss, Loss):
         return loss
     if callable(loss):
+        _check_arguments(loss)
         return AutogradLoss(loss, ignore_index)
     if loss == "cross_entropy":
         return CrossEntropy(ignore_index)
     if loss == "squared_error":
         return SquaredError()
     raise unknown_name("loss", str(loss), [*LOSSES, "a function (outputs, targets) -> losses per token"])
+
+
+def _check_arguments(loss: Callable[..., Tensor]) -> None:
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # built in C: nothing to be known before it is called
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise UserError(
+            f"loss {name}: wanted a function of the outputs (n, c) and the targets (n, ...) and no more, got "
+            f"{name}{signature}: bind what else it takes (functools.partial), or carry it in the targets (targets= of "
+            "the objective)"
+        ) from error

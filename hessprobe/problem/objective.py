@@ -99,6 +99,8 @@ class Objective:
         if len(found) > 1 and self._splits is None:
             with measuring(self.model, forward_mode=False), torch.no_grad():
                 whole, joined = self.outputs(batch), torch.cat([self.outputs(part) for part in found])
+            if not bool(whole.any()) and not bool(joined.any()):
+                return found  # a head that starts at zero: equal, and still undecided
             gap = (whole - joined).norm() / whole.norm()
             self._splits = bool(gap <= torch.finfo(whole.dtype).eps ** 0.6)  # rounding's, not another model's
         return found if self._splits or len(found) == 1 else [batch]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from hessprobe.curvature.diagonal import sampled_diagonal
 from hessprobe.errors import UserError
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
-from tests.models import seeded
+from tests.models import labels, real, redraw, seeded
 
 # The zoo's perceptrons have no layers whose names mean anything.
 pytestmark = pytest.mark.filterwarnings("ignore:layer partition")
@@ -58,3 +61,22 @@ def test_a_loss_with_no_known_law_of_labels_is_named():
     objective, batches, partition = setting("custom_loss")
     with pytest.raises(UserError, match="got logcosh: use one of them"):
         sampled_diagonal(objective, batches, partition, generator=seeded(0))
+
+
+def test_its_mean_is_backpacks_exact_diagonal():
+    from backpack import backpack, extend
+    from backpack.extensions import DiagGGNExact
+
+    g = seeded(3)
+    model = redraw(nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 3)), g)
+    x, y = real(g, 40, 3), labels(g, 3, 40)
+    objective, partition = Objective(model), Partition.of(model)
+    pieces = [(x[:20], y[:20]), (x[20:], y[20:])]
+    draws = torch.stack([sampled_diagonal(objective, pieces, partition, generator=g) for _ in range(200)])
+    twin, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
+    with backpack(DiagGGNExact()):
+        loss(twin(x.requires_grad_()), y).backward()  # its hooks warn where the input wants no gradient
+    named = twin.named_parameters()
+    theirs = partition.flatten({name: p.diag_ggn_exact for name, p in named})  # type: ignore[attr-defined]
+    z = (draws.mean(0) - theirs) / (draws.std(0) / len(draws) ** 0.5)
+    assert float(z.square().mean()) < 1.6 and float(z.abs().max()) < 4.5

@@ -10,7 +10,7 @@ from curvlinops import GGNLinearOperator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hessprobe.curvature.gauss_newton import GaussNewton, block_tangents
+from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
@@ -197,8 +197,8 @@ def test_block_tangents_are_the_jacobian_applied_block_by_block(zoo_case: Zoo, n
     case = zoo_case(name)
     batch, direction = case.problem.batches[0], case.rows(1)[0]
     one = Case.on(models.Problem(case.problem.model, [batch], case.problem.loss)).split(case.partition.kind)
-    theta = case.partition.vector(case.problem.model)
-    z, tangents = block_tangents(case.objective, batch, case.partition, direction, theta)
+    blocks = [(block,) for block in case.partition.blocks]
+    z, (tangents,) = case.gauss_newton().tangents(batch, direction[None], blocks)
     assert not z.requires_grad and not tangents.requires_grad
     targets = case.objective.targets(batch)
     curved = torch.einsum("ncd,lnd->lnc", oracles.logit_hessians(case.problem.loss, z, targets), tangents)

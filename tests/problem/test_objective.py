@@ -223,3 +223,14 @@ def test_a_reduced_loss_function_is_told():
     _, objective = classifier(loss=nn.functional.cross_entropy)
     with pytest.raises(UserError, match="wanted one loss per token.*unreduced"):
         objective.loss((torch.zeros(2, 3).double(), torch.zeros(2).long()))
+
+
+def test_outputs_that_are_all_zero_do_not_settle_whether_sequences_see_each_other():
+    """A head that starts at zero: its batches are cut, now and when it has moved."""
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5)).double()
+    torch.nn.init.zeros_(model[1].weight)
+    torch.nn.init.zeros_(model[1].bias)
+    objective, tokens = Objective(model), torch.arange(12).reshape(4, 3) % 5
+    for _ in range(2):
+        assert [len(x) for x, _ in objective.split((tokens, tokens), 2)] == [2, 2]
+        torch.nn.init.normal_(model[1].weight, generator=torch.Generator().manual_seed(0))
