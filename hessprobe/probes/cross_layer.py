@@ -7,12 +7,14 @@ is exact on the batch: <J_i d_i, (d2 loss/dz2) J_j d_j> / N from l Jacobian prod
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from hessprobe.curvature.gauss_newton import GaussNewton, block_tangents
+from hessprobe.curvature.along import curvature_along
+from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
 from hessprobe.curvature.model_operator import DEFAULT_MEMORY as PRODUCTS_MEMORY
 from hessprobe.curvature.operator import CurvatureOperator
@@ -23,7 +25,7 @@ from hessprobe.estimation.block_norms import (
     off_block_energy_of,
     symmetry_gap,
 )
-from hessprobe.estimation.sampling import Estimate
+from hessprobe.estimation.sampling import Estimate, log_interval
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.stream import DEFAULT_MEMORY as KERNELS_MEMORY
@@ -33,6 +35,8 @@ from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import CrossLayerRecipe
 from hessprobe.store.schema import Table
+
+Operator = TypeVar("Operator", GaussNewton, Hessian)
 
 
 class CrossLayerProbe(Probe):
@@ -62,9 +66,10 @@ class CrossLayerProbe(Probe):
             norms, spent = self._by_kernels(snapshot, directions)
         else:
             norms, spent = self._by_products(snapshot, operator), None
+        along = curvature_along(self._gauss_newton(snapshot), torch.stack(list(directions.values())))
         return {
             **norms,
-            "step_curvature": torch.stack([_curvature_along(snapshot, d) for d in directions.values()]),
+            "step_curvature": along.curvature[:, 0],
             "step_slope": torch.stack([_blockwise(gradient * d, partition) for d in directions.values()]),
             "gradient_norm2": _blockwise(gradient.square(), partition),
             "loss": loss,
@@ -93,8 +98,12 @@ class CrossLayerProbe(Probe):
                 self.recipe.matrix
             ]
             norms = layers * (a_product * self.recipe.samples + once) / 3
-        tangents = len(DIRECTIONS) * layers * 2 / 3
+        tangents = 1 + len(DIRECTIONS) * (layers + 3) / 6  # of one linearisation
         return norms + tangents + 1 + (4 * 2 + 2) / 3  # and the gradient, and the symmetry check
+
+    def vectors(self, partition: Partition) -> float:
+        # Gradient, update and the other way, then the symmetry check's two rows, or a block's probes, and their products.
+        return 3 + 2 * (2 if self.recipe.uses_kernels else self.recipe.samples)
 
     def _by_kernels(self, snapshot: Snapshot, directions: dict[str, Tensor]) -> tuple[dict[str, Any], float]:
         """Returns what the row holds from kernels, and the gradients that they took."""
@@ -129,7 +138,12 @@ class CrossLayerProbe(Probe):
         quantity, place = self.recipe.quantity, self._places(found)
         alignment = torch.stack([found.alignment[name] for name in DIRECTIONS])
         row = {
-            **_estimates(found.block_norms(quantity), coupling, found.off_block_energy(quantity)),
+            **_estimates(
+                found.block_norms(quantity),
+                found.block_norm_intervals(quantity),
+                coupling,
+                found.off_block_energy(quantity),
+            ),
             "kernel": self._placed(found.kernel, place, 2),
             "alignment": self._placed(alignment, place, 1),
             "sequence_tokens": self._placed(found.tokens[found.sequence].double(), place, 1),
@@ -160,29 +174,45 @@ class CrossLayerProbe(Probe):
             x = x.new_full(shape, torch.nan).index_copy(dim, place, x)
         return x
 
+    def _gauss_newton(self, snapshot: Snapshot) -> GaussNewton:
+        return self._operator(GaussNewton, snapshot)
+
     def _matrix(self, snapshot: Snapshot) -> CurvatureOperator:
-        objective, batches, partition = snapshot.objective, snapshot.batches, snapshot.partition
-        given: dict[str, Any] = {"parameters": snapshot.parameters, "memory": self._memory or PRODUCTS_MEMORY}
-        gauss_newton = GaussNewton(objective, batches, partition, **given)
+        gauss_newton = self._gauss_newton(snapshot)
         if self.recipe.matrix == "gauss_newton":
             return gauss_newton
-        hessian = Hessian(objective, batches, partition, **given)
+        hessian = self._operator(Hessian, snapshot)
         return hessian if self.recipe.matrix == "hessian" else hessian - gauss_newton
+
+    def _operator(self, kind: Callable[..., Operator], snapshot: Snapshot) -> Operator:
+        return kind(
+            snapshot.objective,
+            snapshot.batches,
+            snapshot.partition,
+            parameters=snapshot.parameters,
+            memory=self._memory or PRODUCTS_MEMORY,
+        )
 
     def _by_products(self, snapshot: Snapshot, operator: CurvatureOperator) -> dict[str, Any]:
         generator = snapshot.generator(self.name)
         samples = block_norm_samples(operator, self.recipe.samples, generator=generator)
+        norms = Estimate.of(samples)
         return _estimates(
-            Estimate.of(samples),
+            norms,
+            log_interval(norms.mean, norms.stderr, self.recipe.samples - 1),
             Estimate.jackknife(samples, coupling_of),
             Estimate.jackknife(samples, off_block_energy_of),
         )
 
 
-def _estimates(norms: Estimate, coupling: Estimate, off_block: Estimate) -> dict[str, Tensor]:
+def _estimates(
+    norms: Estimate, interval: tuple[Tensor, Tensor], coupling: Estimate, off_block: Estimate
+) -> dict[str, Tensor]:
     return {
         "fro2": norms.mean,
         "fro2_stderr": norms.stderr,
+        "fro2_low": interval[0],
+        "fro2_high": interval[1],
         "coupling": coupling.mean,
         "coupling_stderr": coupling.stderr,
         "off_block_energy": off_block.mean,
@@ -192,17 +222,3 @@ def _estimates(norms: Estimate, coupling: Estimate, off_block: Estimate) -> dict
 
 def _blockwise(products: Tensor, partition: Partition) -> Tensor:
     return torch.stack([products[where].sum() for where in partition.slices.values()])
-
-
-def _curvature_along(snapshot: Snapshot, direction: Tensor) -> Tensor:
-    """Returns (l, l) entries d_i . G_ij d_j over all micro-batches."""
-    objective, partition = snapshot.objective, snapshot.partition
-    total = torch.zeros(len(partition), len(partition), dtype=direction.dtype, device=direction.device)
-    if not bool(torch.isfinite(direction).all()):
-        return total.fill_(torch.nan)
-    for batch in snapshot.batches:
-        z, jd = block_tangents(objective, batch, partition, direction, snapshot.parameters)
-        curved = objective.loss_function.hessian_product(z, objective.targets(batch), jd)
-        total += jd.flatten(1) @ curved.flatten(1).mT
-    total /= objective.tokens(snapshot.batches)
-    return 0.5 * (total + total.mT)

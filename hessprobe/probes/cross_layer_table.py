@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hessprobe.recipe import CrossLayerRecipe
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, Variable
+from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, Variable, declared
 
 DIRECTIONS = ("update", "negative_gradient")
 
@@ -59,15 +59,18 @@ def _norm_variables(estimator: str) -> tuple[Variable, ...]:
     pair, row = ("step", "block", "other_block"), ("step",)
     over = f"jackknife over {estimator}"
     spread = "spread over probes, or jackknife over sequences"
+    interval = "Student's t on the logarithm, from fro2_stderr"
     entries = (
         ("fro2", pair, "nats^2", "squared Frobenius norm of the matrix's block", estimator),
-        ("fro2_stderr", pair, "nats^2", "standard error of fro2; intervals: fro2 exp(+- 2 fro2_stderr / fro2)", spread),
+        ("fro2_stderr", pair, "nats^2", "standard error of fro2", spread),
+        ("fro2_low", pair, "nats^2", "lower end of fro2's 95 % interval", interval),
+        ("fro2_high", pair, "nats^2", "upper end of fro2's 95 % interval", interval),
         ("coupling", pair, "1", "fro2[i,j] / sqrt(fro2[i,i] fro2[j,j])", over),
         ("coupling_stderr", pair, "1", "standard error of coupling", "jackknife"),
         ("off_block_energy", row, "1", "share of the squared norm outside the diagonal blocks", over),
         ("off_block_energy_stderr", row, "1", "standard error of off_block_energy", "jackknife"),
     )  # fmt: skip
-    return _declared(entries)
+    return declared(entries)
 
 
 def _sketch_variables() -> tuple[Variable, ...]:
@@ -132,12 +135,4 @@ def _direction_variables() -> tuple[Variable, ...]:
         ("step_slope", ("step", "direction", "block"), "nats", "g_i . d_i", "exact on the batch"),
         ("gradient_norm2", ("step", "block"), "nats^2", "squared norm of the block's gradient", "exact on the batch"),
     )  # fmt: skip
-    return _declared(entries)
-
-
-def _declared(entries: tuple[tuple[str, tuple[str, ...], str, str, str], ...]) -> tuple[Variable, ...]:
-    """Returns variables from (name, dims, units, long_name, estimator)."""
-    return tuple(
-        Variable(name=name, dims=dims, units=units, long_name=long_name, estimator=how)
-        for name, dims, units, long_name, how in entries
-    )
+    return declared(entries)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessprobe.optimization.running import RunningOptimizer
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.store.schema import Table
@@ -27,6 +28,7 @@ class Snapshot:
         parameters: theta (p,) at this moment.
         batches: the probe's own micro-batches.
         update: what the optimizer then really added to theta (p,), or None where that is not known.
+        optimizer: the running optimizer's name and state before that step, or None where that is not known.
         seed: of the run.
     """
 
@@ -37,6 +39,7 @@ class Snapshot:
     batches: list[Batch]
     update: Tensor | None
     seed: int
+    optimizer: RunningOptimizer | None = None
 
     @property
     def named_parameters(self) -> dict[str, Tensor]:
@@ -50,11 +53,24 @@ class Snapshot:
 
 
 class Probe:
-    """An instrument. It declares its table, and measures one row of it from a snapshot."""
+    """An instrument. It declares its table, and measures one row of it from a snapshot.
+
+    Attributes:
+        name: of the probe, its table and its section of a recipe.
+        every: outer steps between rows.
+        sequences: how many a row reads.
+        needs_optimizer: whether snapshots must carry the running optimizer's state, which is copied for it.
+    """
 
     name: str
     every: int
     sequences: int
+    needs_optimizer = False
+
+    @property
+    def unit_sequences(self) -> int:
+        """The sequences of the batch whose gradient is the unit of `cost`; default: all that a row reads."""
+        return self.sequences
 
     def table(self, partition: Partition) -> Table:
         """Returns the table this probe fills, its coordinates those of the partition."""
@@ -68,5 +84,9 @@ class Probe:
         raise NotImplementedError
 
     def cost(self, partition: Partition) -> float:
-        """Returns what one row costs, in gradients of the probe's batch."""
+        """Returns what one row costs at most, by operation count, in gradients of `unit_sequences` sequences."""
+        raise NotImplementedError
+
+    def vectors(self, partition: Partition) -> float:
+        """Returns how many vectors as long as theta a row holds at once, for estimates of memory."""
         raise NotImplementedError

@@ -5,11 +5,11 @@ No torch here, so that a mistake in a recipe is answered at once.
 
 from __future__ import annotations
 
+from hessprobe.recipe.instruments import CANDIDATES, CrossLayerRecipe, GNHessianRecipe, PreconditionerRecipe
 from hessprobe.recipe.optimizer import GAUSS_NEWTON, OPTIMIZERS, OptimizerName, OptimizerRecipe
 from hessprobe.recipe.reading import build_recipe, differences, parse_setting, read_recipe, shipped_recipes
 from hessprobe.recipe.sections import (
     PROBES,
-    CrossLayerRecipe,
     DataRecipe,
     ModelRecipe,
     ProbeName,
@@ -19,14 +19,17 @@ from hessprobe.recipe.sections import (
 from hessprobe.recipe.study import StudyRecipe, VariantRecipe
 
 __all__ = [
+    "CANDIDATES",
     "GAUSS_NEWTON",
     "OPTIMIZERS",
     "PROBES",
     "CrossLayerRecipe",
     "DataRecipe",
+    "GNHessianRecipe",
     "ModelRecipe",
     "OptimizerName",
     "OptimizerRecipe",
+    "PreconditionerRecipe",
     "ProbeName",
     "Recipe",
     "StudyRecipe",

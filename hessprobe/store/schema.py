@@ -34,6 +34,14 @@ DIMENSIONS: dict[str, str] = {
     "probe": "random probe vector",
     "candidate": "candidate preconditioner",
     "alpha": "step length, as a multiple of the proposed step",
+    "matrix": "curvature matrix: Gauss-Newton G, Hessian H, or the residual H - G",
+    "density_block": "block of parameters whose own spectral density was asked for",
+    "ladder_direction": "direction in parameter space along which models of the loss are compared",
+    "model": "model of the loss along a direction",
+    "curvature_sequences": "sequences in the batch that a candidate was built on; smaller batches are parts of larger",
+    "damping": "multiple of the identity added to the Gauss-Newton matrix",
+    "draw": "independent draw of the curvature batches",
+    "fold": "group of held-out sequences, left out together by the jackknife",
     "ritz": "index of the Ritz value, in ascending order",
 }
 
@@ -117,6 +125,14 @@ class Table:
         """How many rows share one chunk file: as many as fit 16 KiB, between 1 and 512."""
         row_bytes = _ITEM_BYTES[variable.dtype] * prod(self.row_shape(variable))
         return max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+
+
+def declared(entries: Sequence[tuple[str, tuple[str, ...], str, str, str]]) -> tuple[Variable, ...]:
+    """Returns float64 variables from (name, dims, units, long_name, estimator)."""
+    return tuple(
+        Variable(name=name, dims=dims, units=units, long_name=long_name, estimator=how)
+        for name, dims, units, long_name, how in entries
+    )
 
 
 def bookkeeping_variables() -> tuple[Variable, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from scipy import stats
 from torch import Tensor
 
 from hessprobe.analysis.sketches import sketches_of
@@ -133,6 +134,17 @@ def test_curvature_and_slope_along_both_directions_are_exact(name, zoo_case):
 def test_block_norms_are_unbiased(method, quantity):
     found = torch.stack([row["fro2"] for row in measured(method, quantity)])
     assert float(z_scores(found, true_fro2(quantity)).abs().max()) < 3.5
+
+
+def test_intervals_of_block_norms_are_students_on_the_logarithm():
+    """Those of products; kernels' intervals, and how often they hold the truth: tests/kernels."""
+    for row in measured("products", "batch"):
+        low, high = row["fro2_low"], row["fro2_high"]
+        torch.testing.assert_close((low * high).sqrt(), row["fro2"])
+        half = stats.t.ppf(0.975, 11) * row["fro2_stderr"] / row["fro2"]
+        torch.testing.assert_close((high / low).log(), 2 * half)
+    for row in measured("kernels", "batch"):
+        assert bool((row["fro2_low"] < row["fro2"]).all() and (row["fro2"] < row["fro2_high"]).all())
 
 
 @pytest.mark.parametrize("matrix", ["hessian", "residual"])
