@@ -17,6 +17,9 @@ from hessprobe.analysis.coupling import (
     off_block_energy,
     strongest_pairs,
 )
+from hessprobe.analysis.discrepancy import block_gap, curvature_ratio, gn_gap, residual_by_block
+from hessprobe.analysis.discrepancy_ladder import ladder
+from hessprobe.analysis.discrepancy_spectrum import negative_curvature, smoothed_density
 from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.findings import findings
 from hessprobe.analysis.grouping import (
@@ -29,6 +32,14 @@ from hessprobe.analysis.grouping import (
 )
 from hessprobe.analysis.grouping_study import GroupingStudy, ranked_gains, study_groupings
 from hessprobe.analysis.grouping_table import grouping_table, reached_damping
+from hessprobe.analysis.preconditioner import (
+    decreases,
+    efficiency,
+    preconditioner_rows,
+    scoreboard,
+)
+from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps
+from hessprobe.analysis.preconditioner_ratio import cross_layer_pays, decrease_ratios
 from hessprobe.analysis.reading import load_run
 from hessprobe.analysis.sketch_space import CrossFit
 from hessprobe.analysis.sketches import Sketches, sketches_of
@@ -45,27 +56,42 @@ __all__ = [
     "Sketches",
     "TrainingSummary",
     "Trend",
+    "block_gap",
     "block_importance",
+    "block_losses",
+    "block_steps",
     "coupling",
     "coupling_by_distance",
+    "cross_layer_pays",
     "cross_share",
     "curvature_along",
+    "curvature_ratio",
     "curvature_shares",
+    "decrease_ratios",
+    "decreases",
+    "efficiency",
     "findings",
+    "gn_gap",
     "greedy_grouping",
     "grouping_table",
     "jacobi_radius",
+    "ladder",
     "load_run",
     "loss_curve",
     "measuring_costs",
     "merge_gains",
+    "negative_curvature",
     "off_block_energy",
     "open_run",
+    "preconditioner_rows",
     "ranked_gains",
     "reached_damping",
     "relative_decrease",
     "require_table",
+    "residual_by_block",
+    "scoreboard",
     "sketches_of",
+    "smoothed_density",
     "strongest_pairs",
     "study_groupings",
     "summarize_training",

@@ -10,9 +10,11 @@ import numpy as np
 import xarray as xr
 
 from hessprobe.analysis.cross_layer_findings import cross_layer_findings, cross_layer_trends
+from hessprobe.analysis.discrepancy_findings import discrepancy_findings, discrepancy_trends
 from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.grouping_findings import grouping_findings
 from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
+from hessprobe.analysis.preconditioner_findings import preconditioner_findings
 from hessprobe.analysis.training import measuring_costs, summarize_training
 from hessprobe.analysis.wording import counted, percent
 
@@ -31,6 +33,11 @@ def findings(run: xr.DataTree, groupings: GroupingStudy | None = None) -> list[F
         found += cross_layer_findings(table)
         found += grouping_findings(study_groupings(table) if groupings is None else groupings)
         found += cross_layer_trends(table)
+    if "gn_hessian" in run.children:
+        table = run["gn_hessian"].to_dataset()
+        found += discrepancy_findings(table) + discrepancy_trends(table)
+    if "preconditioner" in run.children:
+        found += preconditioner_findings(run["preconditioner"].to_dataset())
     if "train" in run.children:
         found += _held_out(run["train"].to_dataset())
     return found + _cost(run)

@@ -50,16 +50,11 @@ def runs_beside(paths: Sequence[Path]) -> tuple[list[Beside], int | None]:
     """
     trees = [load_run(path) for path in paths]
     tables = [tree["cross_layer"].to_dataset() if "cross_layer" in tree.children else None for tree in trees]
-    measured = [
-        set(sound_rows(table, "coupling")["step"].values.tolist()) for table in tables if table is not None
-    ]
-    common = max(reduce(set.intersection, measured), default=None) if measured else None
-    if common is not None and common < min(max(steps) for steps in measured) / 2:
-        common = None  # a step so early that most of what was measured would be left out
-    if common is not None:
-        tables = [
-            None if t is None else t.isel(step=np.flatnonzero(t["step"].values <= common)) for t in tables
-        ]
+    tables, common = _upto_common_step(tables, "coupling")
+    against_hessian, _ = _upto_common_step(
+        [tree["gn_hessian"].to_dataset() if "gn_hessian" in tree.children else None for tree in trees],
+        "gn_gap",
+    )
     none = GroupingStudy(reason="there is no table 'cross_layer'; --probe cross_layer records it")
     studies = [none if table is None else study_groupings(table) for table in tables]
     damping = max((study.damping for study in studies if not study.reason), default=np.nan)
@@ -70,13 +65,33 @@ def runs_beside(paths: Sequence[Path]) -> tuple[list[Beside], int | None]:
         for study, table in zip(studies, tables, strict=True)
     ]
     beside = []
-    for label, tree, table, study in zip(labels(paths), trees, tables, studies, strict=True):
+    for label, tree, table, gap, study in zip(
+        labels(paths), trees, tables, against_hessian, studies, strict=True
+    ):
         seen = {f"/{name}": tree[name].to_dataset() for name in tree.children}
         if table is not None:
             seen["/cross_layer"] = table
+        if gap is not None:
+            seen["/gn_hessian"] = gap
         found = findings(xr.DataTree.from_dict(seen), study)
         beside.append(Beside(label=label, tree=tree, table=table, groupings=study, found=found))
     return beside, common
+
+
+def _upto_common_step(
+    tables: Sequence[xr.Dataset | None], variable: str
+) -> tuple[list[xr.Dataset | None], int | None]:
+    """Returns tables up to the last step at which all have measured a variable, and that step (None: tables as they are)."""
+    measured = [
+        set(sound_rows(table, variable)["step"].values.tolist()) for table in tables if table is not None
+    ]
+    common = max(reduce(set.intersection, measured), default=None) if measured else None
+    if common is None or common < min(max(steps) for steps in measured) / 2:
+        # A step so early that most of what was measured would be left out is none.
+        return list(tables), None
+    return [
+        None if t is None else t.isel(step=np.flatnonzero(t["step"].values <= common)) for t in tables
+    ], common
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -101,12 +116,33 @@ QUANTITIES: dict[str, tuple[str, Written, Written]] = {
         percent,
         _points,
     ),
+    "gn_gap": (
+        "the Hessian's distance from the Gauss-Newton matrix, in that one's norm",
+        plus_minus,
+        plus_minus,
+    ),
+    "layerwise_over_full": (
+        "the held-out decrease of layerwise over full Gauss-Newton",
+        plus_minus,
+        plus_minus,
+    ),
+    "update_efficiency": ("the held-out efficiency of the run's own update", percent, _points),
     "coupling_by_distance": (
         "how far coupling falls from neighbours to the layers farthest apart",
         plus_minus,
         plus_minus,
     ),
 }
+
+# Numbers that depend on damping and sizes of batches: compared where runs share them.
+OF_PRECONDITIONERS = ("layerwise_over_full", "update_efficiency")
+
+
+def _asked(run: Beside) -> tuple[float, ...]:
+    """Returns the first damping, the largest curvature batch and the held-out sequences of a run's preconditioners."""
+    table = run.tree["preconditioner"].to_dataset()
+    held_out = float(table.attrs.get("held_out_sequences", np.nan))
+    return float(table["damping"].values[0]), float(table["curvature_sequences"].values[-1]), held_out
 
 
 def differences(beside: Sequence[Beside]) -> list[Finding]:
@@ -126,6 +162,9 @@ def _difference(name: str, beside: Sequence[Beside]) -> Finding | None:
         for finding in run.found
         if finding.name == name and finding.stderr is not None
     ]
+    if name in OF_PRECONDITIONERS:
+        asked = [_asked(run) for run in beside if run.label in dict(stated)]
+        stated = [each for each, how in zip(stated, asked, strict=True) if how == asked[0]]
     if len(stated) < 2:
         return None
     what, write, write_difference = QUANTITIES[name]
@@ -140,7 +179,9 @@ def _difference(name: str, beside: Sequence[Beside]) -> Finding | None:
         first, second, size = second, first, -size
     numbers = "; ".join(f"{label} {write(each.value, each.stderr)}" for label, each in stated)
     where = sorted({step for _, each in stated for step in each.steps})
+    several = any(len(each.steps) > 1 for _, each in stated)
     at_step = f"At step {where[0]:,}" if len(where) == 1 else "At their last measured steps"
+    at_step = "Over their measured steps" if several else at_step
     verdict = (
         f"{first} lies above {second} by {write_difference(size, stderr)}"
         if resolved

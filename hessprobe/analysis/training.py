@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,30 @@ def summarize_training(table: xr.Dataset) -> TrainingSummary | None:
         probe_seconds=last["probe_seconds"],
         gradient_equivalents=last["gradient_equivalents"],
     )
+
+
+def decrease_ratio(table: xr.Dataset) -> tuple[float, float, float] | None:
+    """Returns the quartiles of real over predicted decrease over the steps that promised one, the median second.
+
+    None where fewer than 4 steps did. 1 where the model of the loss is right; steps that were rejected count as 0.
+    """
+    rows = sound_rows(table, "predicted_decrease")
+    if not {"actual_decrease", "predicted_decrease"} <= set(rows.data_vars):
+        return None
+    promised, real = rows["predicted_decrease"].values, rows["actual_decrease"].values
+    told = np.isfinite(promised) & np.isfinite(real) & (promised > 0)
+    if told.sum() < 4:
+        return None
+    low, median, high = np.quantile(real[told] / promised[told], (0.25, 0.5, 0.75))
+    return float(low), float(median), float(high)
+
+
+def step_outcomes(table: xr.Dataset) -> dict[str, int]:
+    """Returns {outcome: steps} of what became of the recorded steps, by the outcome's first word, in order of count."""
+    if "outcome" not in table:
+        return {}
+    words = [str(outcome).partition(":")[0].strip() for outcome in table["outcome"].values]
+    return dict(Counter(word for word in words if word).most_common())
 
 
 def measuring_costs(run: xr.DataTree) -> xr.Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 
 from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
 from hessprobe.errors import UserError
-from hessprobe.report import figures, grouping_figures
+from hessprobe.report import figures, grouping_figures, training_figures
+from hessprobe.report.discrepancy_figures import discrepancy_drawings
+from hessprobe.report.preconditioner_figures import preconditioner_drawings
 
 Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray]]
 
@@ -62,17 +64,35 @@ def save_figures(
         "grouping_curve": partial(grouping_figures.grouping_curve, study),
         "importance": partial(grouping_figures.importance_over_training, study),
     }
+    # Of a table that was not recorded the page says which flag records it.
+    if "gn_hessian" in run.children:
+        drawings |= discrepancy_drawings(run)
+    if "preconditioner" in run.children:
+        drawings |= preconditioner_drawings(run)
     if training:
-        drawings["loss"] = partial(figures.loss_curve, run)
-        drawings["decrease"] = partial(figures.decrease_over_training, run)
+        drawings |= {
+            "loss": partial(training_figures.loss_curve, run),
+            "loss_by_tokens": partial(training_figures.loss_curve, run, "tokens"),
+            "loss_by_seconds": partial(training_figures.loss_curve, run, "seconds"),
+            "step_size": partial(training_figures.step_size_over_training, run),
+            "decrease": partial(training_figures.decrease_over_training, run),
+        }
+    # A step that was asked for and not measured is a mistake in the call.
+    return save_drawings(drawings, folder, prefix=prefix, wanted="" if step is None else "coupling")
+
+
+def save_drawings(
+    drawings: Mapping[str, Draw], folder: Path, *, prefix: str = "", wanted: str = ""
+) -> FigureSet:
+    """Writes figures by name into a folder; the one `wanted` must be drawn, or its UserError is raised."""
     written: list[Path] = []
     left_out: dict[str, str] = {}
     for name, draw in drawings.items():
         try:
             figure, _ = draw()
         except UserError as error:
-            if step is not None and name == "coupling":
-                raise  # a step that was asked for and not measured
+            if name == wanted:
+                raise
             left_out[name] = str(error)
         else:
             written += figures.save(figure, folder, f"{prefix}{name}")

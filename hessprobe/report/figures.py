@@ -131,41 +131,6 @@ def cross_share_over_training(run: xr.DataTree) -> tuple[Figure, xr.DataArray]:
     return figure, shares
 
 
-def loss_curve(run: xr.DataTree) -> tuple[Figure, xr.Dataset]:
-    """Returns training and held-out loss by step, drawn, and the curve drawn."""
-    curve = analysis.loss_curve(stored(run, "train"))
-    if curve.sizes["step"] == 0:
-        raise UserError("no row of the table 'train' holds a loss; nothing to draw")
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new(COLUMN * 0.62)
-        axes.plot(curve["step"], curve["loss"], color="#999999", label="training")
-        if "held_out_loss" in curve:
-            held_out = curve["held_out_loss"].dropna("step")
-            axes.plot(
-                held_out["step"], held_out, color=ACCENT, marker=marker(held_out.size), label="held out"
-            )
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats per token)")
-        axes.legend()
-    return figure, curve
-
-
-def decrease_over_training(run: xr.DataTree) -> tuple[Figure, xr.Dataset]:
-    """Returns the decrease that the model promised and the real one by step, drawn, and those numbers."""
-    rows = sound_rows(stored(run, "train"), "predicted_decrease")
-    if rows.sizes["step"] == 0 or "actual_decrease" not in rows:
-        raise UserError("no row of the table 'train' holds a predicted_decrease; nothing to draw")
-    drawn = rows[["actual_decrease", "predicted_decrease"]].compute()
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new(COLUMN * 0.62)
-        axes.plot(drawn["step"], drawn["actual_decrease"], color=ACCENT, label="real")
-        axes.plot(drawn["step"], drawn["predicted_decrease"], "--", color=SECOND, label="predicted")
-        axes.set_xlabel("step")
-        axes.set_ylabel("decrease (nats per token)")
-        axes.legend()
-    return figure, drawn
-
-
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Writes a figure as PDF and PNG into a folder, made where missing, and returns the two paths."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,8 @@ from hessprobe.analysis import Finding, findings, load_run
 from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
 from hessprobe.analysis.wording import percent, plus_minus
 from hessprobe.report.cross_layer import cross_layer
+from hessprobe.report.discrepancy import gn_hessian
+from hessprobe.report.preconditioner import preconditioner
 from hessprobe.report.provenance import provenance, said_time
 from hessprobe.report.section import Section
 from hessprobe.report.summary import findings_json, summary_markdown
@@ -30,7 +32,7 @@ from hessprobe.report.training import costs, training
 
 PAGE = "report.html"
 # In reading order. A later table adds its builder here and a template of the same name.
-SECTIONS = (training, costs, provenance)
+SECTIONS = (gn_hessian, preconditioner, training, costs, provenance)
 
 
 def write_report(run: Path, destination: Path | None = None) -> Path:

@@ -15,6 +15,8 @@ from hessprobe.store.reader import recorded_probes
 RECORDED_BY = {
     "train": "hessprobe train",
     "cross_layer": "hessprobe train --probe cross_layer",
+    "gn_hessian": "hessprobe train --probe gn_hessian",
+    "preconditioner": "hessprobe train --probe preconditioner",
 }
 
 

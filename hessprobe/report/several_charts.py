@@ -51,7 +51,7 @@ def cross_layer_charts(beside: Sequence[Beside]) -> dict[str, go.Figure]:
         if series:
             charts[name] = over_steps(series, title, **options).update_layout(showlegend=True)
     for name, ask, x in (("distance", _distances, "layers apart"), ("grouping_curve", _captured, "groups")):
-        figure = _with_errors(
+        figure = lines_with_errors(
             beside, ask, x, "coupling" if name == "distance" else "captured share of full's decrease"
         )
         if figure is not None:
@@ -65,7 +65,7 @@ def cross_layer_charts(beside: Sequence[Beside]) -> dict[str, go.Figure]:
 def lines_over_steps(beside: Sequence[Beside], ask: Ask) -> list[Series]:
     """Returns one line for each run that has something to show."""
     lines = []
-    for run, look in _looks(beside):
+    for run, look in looks(beside):
         found = ask(run)
         if found is not None and found[1].size:
             steps, values, stderr = found
@@ -146,10 +146,10 @@ def _captured(run: Beside) -> Line | None:
     return last["groups"].values, last["captured"].values, last["captured_stderr"].values
 
 
-def _with_errors(beside: Sequence[Beside], ask: Ask, x: str, y: str) -> go.Figure | None:
+def lines_with_errors(beside: Sequence[Beside], ask: Ask, x: str, y: str) -> go.Figure | None:
     """Returns lines with error bars against something else than steps."""
     figure = go.Figure(layout=layout(x, y, showlegend=True))
-    for run, look in _looks(beside):
+    for run, look in looks(beside):
         found = ask(run)
         if found is None:
             continue
@@ -187,7 +187,7 @@ def _heatmap(values: xr.DataArray, stderr: xr.DataArray, *, limit: float, signed
     return figure.update_traces(z=blank, customdata=stderr.values)
 
 
-def _looks(beside: Sequence[Beside]) -> list[tuple[Beside, dict[str, str]]]:
+def looks(beside: Sequence[Beside]) -> list[tuple[Beside, dict[str, str]]]:
     """Returns each run with its colour and, beyond seven runs, its dash."""
     dashes = [DASHES[min(i // len(COLORS), len(DASHES) - 1)] for i in range(len(beside))]
     return [

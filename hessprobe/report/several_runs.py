@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hessprobe.analysis.rows import sound_rows
 from hessprobe.analysis.several_runs import Beside, differences, runs_beside
 from hessprobe.analysis.training import measuring_costs, summarize_training
 from hessprobe.analysis.wording import counted
@@ -15,7 +16,10 @@ from hessprobe.report.page import PAGE, render_page, write_page
 from hessprobe.report.provenance import decoded, flat, said_setting, said_time
 from hessprobe.report.section import Section, table_or_reason
 from hessprobe.report.several_charts import cross_layer_charts, last_coupling, lines_over_steps, stored_line
+from hessprobe.report.several_discrepancy import several_gn_hessian
+from hessprobe.report.several_preconditioner import several_preconditioner
 from hessprobe.report.summary import findings_json, summary_markdown
+from hessprobe.report.training_charts import by_clock
 
 
 def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> Path:
@@ -35,7 +39,14 @@ def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> 
     text = render_page(
         name=name,
         findings=found,
-        sections=[_cross_layer(beside), _training(beside), _costs(beside), _provenance(beside)],
+        sections=[
+            _cross_layer(beside),
+            several_gn_hessian(beside),
+            several_preconditioner(beside),
+            _training(beside),
+            _costs(beside),
+            _provenance(beside),
+        ],
         subtitle=[
             counted(len(beside), "run"),
             at,
@@ -80,7 +91,7 @@ def _training(beside: Sequence[Beside]) -> Section:
             missing.append(f"{run.label} holds no recorded step of training.")
         else:
             rows.append((run.label, summary))
-    charts = {}
+    charts, clocks = {}, {}
     for name, variable, title in (
         ("loss", "held_out_loss", "held-out loss, nats per token"),
         ("step_size", "step_size", "step size"),
@@ -88,9 +99,13 @@ def _training(beside: Sequence[Beside]) -> Section:
         series = lines_over_steps(beside, stored_line("train", variable))
         if series:
             charts[name] = over_steps(series, title).update_layout(showlegend=True)
+        if series and name == "loss":
+            trained = {run.label: run.tree["train"].to_dataset() for run in beside if run.label in dict(rows)}
+            clocks = by_clock(charts[name], [sound_rows(trained[line.label], variable) for line in series])
     return Section(
-        name="training", title="Training", template="several_training.html.j2", charts=charts,
-        missing="" if rows else " ".join(missing), content={"rows": rows, "missing": missing},
+        name="training", title="Training", template="several_training.html.j2", charts=charts, frames=clocks,
+        missing="" if rows else " ".join(missing),
+        content={"rows": rows, "missing": missing, "clocks": {key: each["label"] for key, each in clocks.items()}},
     )  # fmt: skip
 
 

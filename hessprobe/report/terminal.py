@@ -14,6 +14,8 @@ from rich.table import Table
 from hessprobe.analysis import coupling, cross_share, findings, load_run, require_table, strongest_pairs
 from hessprobe.analysis.rows import failed_rows, sound_rows
 from hessprobe.analysis.wording import basis, counted, percent, plus_minus
+from hessprobe.report.discrepancy_terminal import show_gn_hessian
+from hessprobe.report.preconditioner_terminal import show_preconditioner
 
 TRAIN_COLUMNS = ("loss", "held_out_loss", "step_size", "gradient_norm", "tokens", "seconds")
 ACCENT = "cyan"
@@ -47,6 +49,10 @@ def show(run: Path, console: Console, tables: Sequence[str] = (), limit: int = 6
             console.print("nothing recorded yet")
         elif name == "cross_layer":
             _show_cross_layer(table, console)
+        elif name == "gn_hessian":
+            show_gn_hessian(table, console)
+        elif name == "preconditioner":
+            show_preconditioner(table, console)
         else:
             columns = TRAIN_COLUMNS if name == "train" else tuple(str(v) for v in table if table[v].ndim == 1)
             console.print(_ends(table, [column for column in columns if column in table], limit))

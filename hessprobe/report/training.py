@@ -13,9 +13,11 @@ import xarray as xr
 
 from hessprobe.analysis import loss_curve, measuring_costs, summarize_training
 from hessprobe.analysis.rows import failed_rows, sound_rows
+from hessprobe.analysis.training import decrease_ratio, step_outcomes
 from hessprobe.report.charts import ACCENT, SECOND, Series, over_steps
 from hessprobe.report.provenance import decoded
 from hessprobe.report.section import Section, table_or_reason
+from hessprobe.report.training_charts import by_clock
 
 
 def training(run: xr.DataTree) -> Section:
@@ -31,7 +33,9 @@ def training(run: xr.DataTree) -> Section:
     losses = [replace(_series(curve, "loss", "training loss", SECOND), markers=False)]
     if "held_out_loss" in curve:
         losses.append(_series(curve, "held_out_loss", "held-out loss", ACCENT))
-    charts = {"loss": over_steps([line for line in losses if line.values.size], "loss, nats per token")}
+    losses = [line for line in losses if line.values.size]
+    charts = {"loss": over_steps(losses, "loss, nats per token")}
+    clocks = by_clock(charts["loss"], [curve] * len(losses))
     step_size = replace(_series(table, "step_size", "step size", ACCENT), dots=True)
     if step_size.values.size:
         charts["step_size"] = over_steps([step_size], "step size", yaxis_rangemode="tozero")
@@ -42,8 +46,16 @@ def training(run: xr.DataTree) -> Section:
     if all(line.values.size for line in decreases):
         charts["decrease"] = over_steps(decreases, "decrease, nats per token")
     return section(
-        content={"summary": summary, "planned": _planned(run), "target": _target_reached(run, table)},
+        content={
+            "summary": summary,
+            "planned": _planned(run),
+            "target": _target_reached(run, table),
+            "clocks": {clock: each["label"] for clock, each in clocks.items()},
+            "ratio": decrease_ratio(table),
+            "outcomes": step_outcomes(table),
+        },
         charts=charts,
+        frames=clocks,
         failed=failed_rows(table),
     )
 

@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import loss_curve, measuring_costs, open_run, summarize_training
+from hessprobe.analysis.training import decrease_ratio, step_outcomes
 from tests.report.runs import write_run
 
 
@@ -49,6 +50,31 @@ def test_a_step_whose_loss_is_nan_is_no_part_of_the_curve(log):
     assert 5 not in loss_curve(table)["step"].values
     assert set(loss_curve(table).coords) >= {"tokens", "seconds", "gradient_equivalents"}
     assert loss_curve(table).swap_dims(step="tokens")["loss"].dims == ("tokens",)
+
+
+def test_the_decrease_ratio_is_over_the_steps_that_promised_one(log):
+    table = log["train"].to_dataset().load()
+    table["predicted_decrease"][:3] = [np.nan, 0.0, -1.0]
+    table["actual_decrease"][3] = np.nan
+    real, promised = table["actual_decrease"].values[4:], table["predicted_decrease"].values[4:]
+    assert decrease_ratio(table) == pytest.approx(tuple(np.quantile(real / promised, (0.25, 0.5, 0.75))))
+    assert decrease_ratio(table.isel(step=slice(7))) is None  # three steps are no distribution
+    assert decrease_ratio(table.drop_vars("actual_decrease")) is None
+    assert decrease_ratio(table.drop_vars("predicted_decrease")) is None
+
+
+def test_outcomes_are_counted_by_their_first_word():
+    said = [
+        "accepted",
+        "rejected: no step size lowers the loss",
+        "accepted",
+        "retried: twice",
+        "",
+        "accepted",
+    ]
+    table = xr.Dataset({"outcome": ("step", np.array(said, dtype=object))}, {"step": range(6)})
+    assert step_outcomes(table) == {"accepted": 3, "rejected": 1, "retried": 1}
+    assert step_outcomes(table.drop_vars("outcome")) == {}
 
 
 def test_costs_are_the_sums_over_the_rows_that_were_measured(log):

@@ -17,6 +17,8 @@ import xarray as xr
 from hessprobe.analysis import coupling, open_run
 from hessprobe.report.page import write_report
 from hessprobe.report.several_runs import write_runs_report
+from tests.report.gn_hessian_runs import add_gn_hessian
+from tests.report.preconditioner_runs import write_preconditioner_run
 from tests.report.runs import LAYERS, write_long_run, write_run
 from tests.report.test_odd_runs import HOSTILE
 
@@ -29,7 +31,9 @@ ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--no-first-run",
 ]  # fmt: skip
-SECTIONS = ["findings", "cross_layer", "training", "costs", "provenance", "reading"]
+SECTIONS = [
+    "findings", "cross_layer", "gn_hessian", "preconditioner", "training", "costs", "provenance", "reading",
+]  # fmt: skip
 CHARTS = [
     "coupling",
     "shares",
@@ -87,6 +91,8 @@ def test_every_section_and_chart_shows_without_sideways_scrolling(visit, page, w
     for name in SECTIONS:
         assert tab.locator(f"section#{name} h2").is_visible(), name
         assert tab.locator(f"section#{name}").bounding_box()["height"] > 60, name
+    missing = [n for n in SECTIONS if tab.locator(f"section#{n} > h2 + .missing").count()]
+    assert missing == ["gn_hessian", "preconditioner"]  # of which this run holds nothing, and says so
     for name in CHARTS:
         box = tab.locator(f"#chart-{name} .main-svg").first.bounding_box()
         assert box["width"] > 300 and box["height"] > 150 and box["x"] + box["width"] <= width, name
@@ -113,6 +119,41 @@ def test_groupings_show_and_hovering_says_value_error_and_what_is_not_resolved(v
     assert re.search(
         r"6 groups: \d+.*% ± .*% of full", hover(tab, "grouping_curve", *place(tab, "grouping_curve", -1, 0))
     )
+
+
+@pytest.fixture(scope="module")
+def discrepancies(tmp_path_factory) -> Path:
+    """Returns the page of a run with the tables gn_hessian and preconditioner."""
+    folder = write_preconditioner_run(tmp_path_factory.mktemp("runs") / "run")
+    add_gn_hessian(folder, density_blocks=LAYERS[:1])
+    return write_report(folder)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_both_other_instruments_show_every_chart_without_sideways_scrolling(
+    visit, discrepancies, width, scheme
+):
+    tab = visit(discrepancies, width, scheme)
+    assert tab.locator("section > h2 + .missing").count() == 1  # no cross_layer table
+    for section in ("gn_hessian", "preconditioner"):
+        boxes = tab.evaluate(
+            """(section) => Object.fromEntries([...document.querySelectorAll(`section#${section} .chart`)].map((chart) => {
+              const drawn = chart.querySelector(".main-svg");
+              return [chart.dataset.chart, drawn ? drawn.getBoundingClientRect().toJSON() : null];
+            }))""",
+            section,
+        )
+        assert len(boxes) >= 5
+        for name, box in boxes.items():
+            assert box and box["width"] > 300 and box["height"] > 150 and box["right"] <= width, name
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("chart", ["gn_gap", "gn_directions", "layerwise_over_full", "scoreboard"])
+def test_hovering_their_charts_says_a_value(visit, discrepancies, chart):
+    tab = visit(discrepancies)
+    said = hover(tab, chart, *place(tab, chart, -1, 0))
+    assert re.search(r"\d", said) and "undefined" not in said and "%{" not in said
 
 
 def test_several_runs_stand_side_by_side(visit, run, sketched, tmp_path):
@@ -233,6 +274,33 @@ def test_hovering_says_which_pair_its_value_and_its_error(visit, page, log: xr.D
     assert f"{float(energy['off_block_energy']):.4g} ± {float(energy['off_block_energy_stderr']):.4g}" in said
 
 
+def test_the_loss_lies_along_the_clock_chosen_in_any_scheme(visit, page, log: xr.DataTree):
+    tab, train = visit(page, 400), log["train"].to_dataset().load()
+    evaluated = train.dropna("step", subset=["held_out_loss"])
+
+    def drawn() -> list[float]:
+        return tab.evaluate("Array.from(document.getElementById('chart-loss').data[1].x)")
+
+    assert drawn() == list(evaluated["step"].values)
+    for words, clock, title in (
+        ("seconds", "seconds", "seconds of training steps"),
+        ("tokens", "tokens", "tokens read to take steps"),
+    ):
+        tab.get_by_label(words, exact=True).check()
+        assert drawn() == list(evaluated[clock].values)
+        assert tab.locator("#chart-loss .xtitle").text_content() == title
+    said = hover(tab, "loss", *place(tab, "loss", 1, -1))
+    last = evaluated.isel(step=-1)
+    assert f"step {int(last['step'])}, {int(last['tokens']):,} tokens" in said
+    assert f"{float(last['held_out_loss']):.4g}" in said
+    tab.emulate_media(color_scheme="dark")
+    tab.wait_for_timeout(300)
+    assert drawn() == list(evaluated["tokens"].values)
+    tab.get_by_label("steps", exact=True).check()
+    assert drawn() == list(evaluated["step"].values)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 400
+
+
 def test_names_stay_text_in_the_browser(visit, tmp_path):
     blocks = [f"{HOSTILE}{i}" for i in range(3)]
     tab = visit(write_report(write_run(tmp_path / "run", blocks=blocks, name=HOSTILE)))
@@ -273,5 +341,16 @@ def test_a_thousand_probed_and_ten_thousand_training_steps(visit, tmp_path):
     )
     assert took / 10 < 1000  # milliseconds a move of the slider, on a busy two-core machine without a GPU
     assert tab.locator("#step-shown").inner_text() == "8,730"
+    took = tab.evaluate(
+        """async () => {
+          const start = performance.now(), choices = document.querySelectorAll('input[name="clock"]');
+          for (const choice of [...choices].reverse()) {
+            choice.click();
+            await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+          }
+          return (performance.now() - start) / choices.length;
+        }"""
+    )
+    assert took < 1000
     rows = coupling(open_run(folder)["cross_layer"].to_dataset().sel(step=[8730]))
     assert math.isclose(shown_matrix(tab)[0][1], float(rows["coupling"][0, 0, 1]), rel_tol=1e-6)

@@ -19,14 +19,14 @@ from hessprobe.report.figures import (
     coupling_by_distance,
     coupling_heatmap,
     cross_share_over_training,
-    decrease_over_training,
-    loss_curve,
     off_block_energy_over_training,
     save,
 )
+from hessprobe.report.training_figures import decrease_over_training, loss_curve, step_size_over_training
 from tests.report.runs import write_run
 
 SCRIPT = Path(__file__).parents[2] / "analyses" / "cross_layer_importance.py"
+TRAINING = {"loss", "loss_by_tokens", "loss_by_seconds", "step_size", "decrease"}
 
 
 def test_the_heatmap_draws_the_row_it_returns_with_the_diagonal_blank(log: xr.DataTree):
@@ -64,6 +64,24 @@ def test_the_lines_are_the_data_returned(log: xr.DataTree):
     figure, curve = loss_curve(log)
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), log["train"]["loss"].values)
     np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), curve["held_out_loss"].dropna("step"))
+    figure, drawn = step_size_over_training(log)
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), drawn["step_size"])
+    np.testing.assert_array_equal(drawn["step_size"], log["train"]["step_size"].values)
+
+
+@pytest.mark.parametrize("clock", ["tokens", "seconds", "gradient_equivalents"])
+def test_the_loss_lies_along_the_clock_that_is_asked_for(log: xr.DataTree, clock):
+    train = log["train"].to_dataset().load()
+    training, held_out = loss_curve(log, clock)[0].axes[0].lines
+    np.testing.assert_array_equal(training.get_xdata(), train[clock])
+    evaluated = train.dropna("step", subset=["held_out_loss"])
+    np.testing.assert_array_equal(held_out.get_xdata(), evaluated[clock])
+    np.testing.assert_array_equal(held_out.get_ydata(), evaluated["held_out_loss"])
+    bare = xr.DataTree.from_dict({"train": train.drop_vars(clock)})
+    with pytest.raises(UserError, match=f"holds {clock}"):
+        loss_curve(bare, clock)
+    with pytest.raises(UserError, match="no clock named 'token'"):
+        loss_curve(log, "token")
 
 
 def test_saved_as_pdf_with_text_and_png_at_column_width(log: xr.DataTree, tmp_path):
@@ -110,11 +128,11 @@ def quick(monkeypatch):
 def test_every_figure_a_run_can_give_is_drawn_and_the_others_say_why(sketched, tmp_path, quick):
     found = save_figures(open_run(sketched), tmp_path / "all")
     names = {path.stem for path in found.written}
-    assert names >= {"jacobi_radius", "merge_gains", "grouping_curve", "importance"} and len(names) == 10
-    assert found.left_out == {} and len(found.written) == 20
+    assert names >= {"jacobi_radius", "merge_gains", "grouping_curve", "importance", *TRAINING}
+    assert not found.left_out.keys() & {"coupling", *names} and len(found.written) == 2 * len(names)
     bare = save_figures(open_run(write_run(tmp_path / "bare", steps=None)), tmp_path / "some")
-    assert {path.stem for path in bare.written} == {"loss", "decrease"}
-    assert len(bare.left_out) == 8 and "--probe cross_layer" in bare.left_out["merge_gains"]
+    assert {path.stem for path in bare.written} == TRAINING
+    assert len(bare.left_out) >= 8 and "--probe cross_layer" in bare.left_out["merge_gains"]
 
 
 def test_the_command_writes_figures_and_says_which_are_missing(tmp_path, monkeypatch, capsys):
@@ -128,10 +146,7 @@ def test_the_command_writes_figures_and_says_which_are_missing(tmp_path, monkeyp
     assert told.out.splitlines()[0] == f"report   {run / 'report.html'}"
     assert sorted(line.split()[1] for line in told.out.splitlines()[1:]) == sorted(map(str, folder.iterdir()))
     assert {path.name for path in folder.iterdir()} == {
-        "loss.pdf",
-        "loss.png",
-        "decrease.pdf",
-        "decrease.png",
+        f"{name}.{kind}" for name in TRAINING for kind in ("pdf", "png")
     }
     assert "no figure merge_gains: this run holds no table 'cross_layer'" in told.err
     (tmp_path / "file").write_text("")
@@ -148,7 +163,7 @@ def test_the_script_saves_figures_and_prints_findings_and_files(run: Path, tmp_p
     said = capsys.readouterr().out
     written = sorted(path.name for path in (tmp_path / "figures").iterdir())
     drawn = ("coupling", "coupling_by_distance", "off_block_energy", "cross_share")
-    names = [f"nano-{i}-{name}" for i in (0, 1) for name in drawn] + ["nano-0-loss", "nano-0-decrease"]
+    names = [f"nano-{i}-{name}" for i in (0, 1) for name in drawn] + [f"nano-0-{name}" for name in TRAINING]
     assert written == sorted(f"{name}.{kind}" for name in names for kind in ("pdf", "png"))
     assert all(name in said for name in written) and "lies between layers" in said
     assert "no figure merge_gains: this cross_layer table holds no layer kernels" in said

@@ -100,6 +100,20 @@ def test_the_lines_over_training_are_those_stored(text, table, log):
     np.testing.assert_array_equal(numbers(charts["seconds"]["data"][0]["y"]), table["seconds"])
 
 
+def test_the_loss_can_be_laid_along_every_clock(text, log):
+    clocks, train = script_json(text, "frame-data")["training"], log["train"].to_dataset().load()
+    assert set(clocks) == {"step", "tokens", "seconds", "gradient_equivalents"}
+    evaluated = train.dropna("step", subset=["held_out_loss"])
+    for clock, drawn in clocks.items():
+        np.testing.assert_array_equal(drawn["x"][0], train[clock])
+        np.testing.assert_array_equal(drawn["x"][1], evaluated[clock])
+        assert all("step %{customdata}" in hover and "%{y:" in hover for hover in drawn["hover"])
+        assert f'name="clock" value="{clock}"' in text
+    assert "%{x:,.0f} tokens" in clocks["tokens"]["hover"][1]
+    lines = script_json(text, "chart-data")["loss"]["data"]
+    np.testing.assert_array_equal(numbers(lines[1]["customdata"]), evaluated["step"])
+
+
 def test_the_findings_state_the_stored_numbers(text, table, log):
     last = table.sel(step=30)
     value, stderr, sentence = finding(text, "off_block_energy")
@@ -139,6 +153,10 @@ def test_the_facts_of_training_costs_and_provenance_are_those_stored(text, table
     assert shown["line-search tokens"] == f"{int(train['line_search_tokens'][-1]):,}"
     assert shown["gradient equivalents"] == f"{float(train['gradient_equivalents'][-1]):.4g}"
     assert shown["time of training steps"] == f"{float(train['seconds'][-1]):,.1f} s"
+    ratio = train["actual_decrease"].values / train["predicted_decrease"].values
+    assert shown["real over predicted decrease"] == (
+        f"median {np.median(ratio):.2f}, quartiles {np.quantile(ratio, 0.25):.2f} and {np.quantile(ratio, 0.75):.2f}"
+    )
     cells = re.findall(
         r"<td>(.*?)</td>", re.findall(r'<section id="costs">.*?</section>', text, re.DOTALL)[0]
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from hessprobe.analysis import open_run
 from hessprobe.analysis.several_runs import coupling_difference, differences, labels, runs_beside
@@ -78,6 +79,21 @@ def test_every_line_is_what_is_stored_and_matrices_are_of_the_last_common_step(t
     # Kernels and jacobi_radius are the first run's alone; of the second the page says how to record them.
     assert [line["name"] for line in charts["grouping_curve"]["data"]] == ["first"]
     assert "second: this cross_layer table holds no layer kernels; record with --set" in text
+
+
+def test_held_out_losses_lie_along_the_clocks_that_every_run_has(text, runs, tmp_path):
+    clocks = script_json(text, "frame-data")["training"]
+    assert set(clocks) == {"step", "tokens", "seconds", "gradient_equivalents"}
+    tables = [open_run(run)["train"].to_dataset().dropna("step", subset=["held_out_loss"]) for run in runs]
+    for clock, drawn in clocks.items():
+        for x, table in zip(drawn["x"], tables, strict=True):
+            np.testing.assert_array_equal(x, table[clock])
+    untold = write_run(tmp_path / "untold", steps=None)
+    group = zarr.open_group(untold / "log.zarr" / "train", mode="r+", use_consolidated=False)
+    group["tokens"][5] = np.nan  # pyright: ignore
+    page = write_runs_report([runs[0], untold], tmp_path / "page.html")
+    clocks = script_json(page.read_text(encoding="utf-8"), "frame-data")
+    assert set(clocks["training"]) == {"step", "seconds", "gradient_equivalents"}
 
 
 def dense(packed) -> list:

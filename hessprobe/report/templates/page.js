@@ -2,7 +2,8 @@
 (() => {
   "use strict";
   const figures = JSON.parse(document.getElementById("chart-data").textContent);
-  const frames = JSON.parse(document.getElementById("frame-data").textContent).cross_layer;
+  const stored = JSON.parse(document.getElementById("frame-data").textContent);
+  const frames = stored.cross_layer;
   const DATA = new Set(["x", "y", "z", "text", "customdata", "categoryarray", "tickvals", "ticktext", "bdata"]);
   const touch = matchMedia("(pointer: coarse)").matches;
 
@@ -24,7 +25,16 @@
       Plotly.react(area(name), data, layout, { displayModeBar: false, responsive: true });
     }
     showStep();
+    showClock();
   };
+
+  // The loss chart's lines as they lie along the chosen clock: steps, tokens, seconds or gradients.
+  function showClock() {
+    const chosen = document.querySelector('input[name="clock"]:checked');
+    if (!chosen || !stored.training || !area("loss")) return;
+    const { title, x, hover } = stored.training[chosen.value];
+    Plotly.update(area("loss"), { x, hovertemplate: hover }, { "xaxis.title.text": title, "xaxis.autorange": true });
+  }
 
   const slider = document.getElementById("step-slider");
   const numbers = (packed) => new Float32Array(Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0)).buffer);
@@ -99,6 +109,7 @@
   };
   if (slider) slider.addEventListener("input", later);
   for (const choice of document.querySelectorAll('input[name="direction"]')) choice.addEventListener("change", later);
+  for (const choice of document.querySelectorAll('input[name="clock"]')) choice.addEventListener("change", showClock);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   drawAll();
 })();
