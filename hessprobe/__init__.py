@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hessprobe.curvature.hessian import Hessian
     from hessprobe.errors import RunFailed, UserError
     from hessprobe.estimation.block_norms import block_norms
+    from hessprobe.estimation.density import SpectralDensity, spectral_density
     from hessprobe.estimation.lanczos import lanczos
     from hessprobe.estimation.sampling import Estimate
     from hessprobe.estimation.trace import hutchinson_trace, hutchpp_trace, xtrace
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hessprobe.problem.objective import Objective
     from hessprobe.problem.partition import Partition
     from hessprobe.store.reader import open_run
+    from hessprobe.training.any_loop.recorder import Recorder
 
 __version__ = "0.1.0"
 
@@ -31,7 +33,9 @@ _HOMES = {
     "LayerKernels": "kernels.layer_kernels",
     "Objective": "problem.objective",
     "Partition": "problem.partition",
+    "Recorder": "training.any_loop.recorder",
     "RunFailed": "errors",
+    "SpectralDensity": "estimation.density",
     "UserError": "errors",
     "block_norms": "estimation.block_norms",
     "hutchinson_trace": "estimation.trace",
@@ -40,6 +44,7 @@ _HOMES = {
     "lanczos": "estimation.lanczos",
     "open_run": "store.reader",
     "optim": "optimization",
+    "spectral_density": "estimation.density",
     "xtrace": "estimation.trace",
 }
 _MODULES = {"optim"}  # whole stages that are public names
@@ -50,7 +55,9 @@ __all__ = [
     "LayerKernels",
     "Objective",
     "Partition",
+    "Recorder",
     "RunFailed",
+    "SpectralDensity",
     "UserError",
     "block_norms",
     "hutchinson_trace",
@@ -59,6 +66,7 @@ __all__ = [
     "layer_kernels",
     "open_run",
     "optim",
+    "spectral_density",
     "xtrace",
 ]
 

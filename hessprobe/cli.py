@@ -1,4 +1,4 @@
-"""The command line: train, report, show, compare. Imports stand inside the commands, so --help and a slip answer at once."""
+"""The command line: train, probe, report, show, compare. Imports stand inside the commands: a slip is answered at once."""
 
 from __future__ import annotations
 
@@ -56,6 +56,10 @@ def train(
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe.")
     ] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option("--log", help="Send a few scalars to tensorboard or wandb too; may be repeated."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run or study in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print sizes, memory and costs; no data, no network.")
@@ -64,7 +68,7 @@ def train(
     """Train with curvature probes; writes a log, a checkpoint and a report. A recipe with a study makes many runs."""
     from hessprobe.recipe import build_recipe, differences, read_recipe
 
-    settings = _settings(probe, optimizer, steps, every, coupling_error, device, seed, setting)
+    settings = _settings(probe, optimizer, steps, every, coupling_error, device, seed, setting, log)
     if seeds is not None and seeds < 1:
         raise UserError(f"--seeds {seeds}: at least 1 seed")
     if resume and recipe == "nano" and out is not None and not (out / "log.zarr").exists():
@@ -73,7 +77,7 @@ def train(
     values = read_recipe(recipe)
     if dry_run:
         checked = build_recipe(values, settings)
-        from hessprobe.training.plan import plan
+        from hessprobe.training.planning.plan import plan
 
         print(plan(checked, seeds))
         return
@@ -85,7 +89,7 @@ def train(
         stored = _stored_recipe(folder)
         base = stored.model_dump(exclude_none=True) if recipe == "nano" else values
         wanted = build_recipe(base, settings)
-        changed = differences(stored, wanted)
+        changed = [line for line in differences(stored, wanted) if not line.startswith("loggers:")]
         if changed:
             raise UserError(
                 f"--resume: {folder} was started with another recipe; it differs in {'; '.join(changed)}. "
@@ -98,17 +102,59 @@ def train(
             raise UserError(
                 f"{folder} holds a run already: go on with it by --resume, or give another name with --out"
             )
-    if not wanted.probes:
-        print("no --probe given: only the training itself is recorded", file=sys.stderr)
+    if not resume:
+        _say_measuring(wanted)
 
     from hessprobe.training.loop import train as run
 
     run(wanted, folder, resume=resume)
 
-    page = _write_page(folder)
-    print(f"log      {folder / 'log.zarr'}")
-    print(f"report   {page}")
-    print(f"next     hessprobe show {folder}")
+    _say_written(folder)
+
+
+@app.command("probe")
+def probe_models(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="A run's folder or checkpoint file; a folder of transformers, or a name on the Hub. Several checkpoints "
+            "of one model are one series.",
+        ),
+    ],
+    probe: Annotated[
+        list[str] | None,
+        typer.Option("--probe", help="Measure this; may be repeated. Default: the run's own."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A text file or folder, or hub:OWNER/NAME/CONFIG; default the run's own data."),
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(help="Sequences that a row reads.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default runs/NAME-probe.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data and probes.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A value of the probes' sections, data or partition."
+        ),
+    ] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option("--log", help="Send a few scalars to tensorboard or wandb too; may be repeated."),
+    ] = None,
+) -> None:
+    """Measure checkpoints without training: a run's, or transformers'. A series of them becomes the step axis."""
+    settings = _settings(probe, None, None, None, None, device, seed, setting, log)
+
+    from hessprobe.training.probing.series_run import measure_series, open_series
+
+    series = open_series(models, settings, data=data, sequences=sequences, context=context)
+    folder = out or _free_folder(Path("runs") / series.recipe.name)
+    measure_series(series, folder)
+    _say_written(folder)
 
 
 @app.command()
@@ -189,6 +235,8 @@ def _train_many(recipe: Recipe, out: Path | None, seeds: int | None, resume: boo
     from hessprobe.training.study import run_seeds, run_study
 
     if recipe.study is None:
+        if not resume:
+            _say_measuring(recipe)
         run_seeds(recipe, folder, seeds or 1, resume=resume)
     else:
         if seeds is not None:
@@ -197,6 +245,18 @@ def _train_many(recipe: Recipe, out: Path | None, seeds: int | None, resume: boo
             print(f"{end.name:<20} {end}")
     print(f"runs     {folder}")
     print(f"next     hessprobe compare {folder}")
+
+
+def _say_measuring(recipe: Recipe) -> None:
+    """Says on stderr what the recipe's probes will cost beside its training."""
+    if not recipe.probes:
+        print("no --probe given: only the training itself is recorded", file=sys.stderr)
+        return
+    from hessprobe.training.console import say, stderr
+    from hessprobe.training.planning.measuring_plan import measuring_lines, plan_measuring
+
+    for label, text in measuring_lines(plan_measuring(recipe), recipe.training.probe_share):
+        say(stderr(), label, text)
 
 
 def _settings(
@@ -208,12 +268,15 @@ def _settings(
     device: str | None,
     seed: int | None,
     setting: list[str] | None,
+    log: list[str] | None = None,
 ) -> list[str]:
     """Turns flags into the recipe settings they stand for; --set comes last, so it wins."""
     from hessprobe.recipe import PROBES
 
     names = [name for given in probe or [] for name in given.split(",")]
     found = [f"probes={list(names)!r}"] if names else []
+    if loggers := [name for given in log or [] for name in given.split(",")]:
+        found.append(f"loggers={loggers!r}")
     if steps is not None and steps < 1:
         raise UserError(f"--steps {steps}: a run needs at least 1 step")
     if every is not None and every < 1:
@@ -229,6 +292,14 @@ def _settings(
     if every is not None:  # of every probe: which ones run may stand in the recipe's file
         found += [f"{name}.every={every}" for name in PROBES]
     return found + (setting or [])
+
+
+def _say_written(folder: Path) -> None:
+    """Writes a run's page, and says where log and page are and what comes next."""
+    page = _write_page(folder)
+    print(f"log      {folder / 'log.zarr'}")
+    print(f"report   {page}")
+    print(f"next     hessprobe show {folder}")
 
 
 def _write_page(run: Path, out: Path | None = None) -> Path:
@@ -300,6 +371,10 @@ def _stored_recipe(folder: Path) -> Recipe:
     if not (folder / "log.zarr").is_dir():
         raise UserError(f"--resume: {folder} holds no run; leave out --resume to start one")
     _, attributes = find_log(folder)
+    if "checkpoints" in attributes:
+        raise UserError(
+            f"--resume: {folder} holds checkpoints measured by hessprobe probe, and no training to go on with"
+        )
     return build_recipe(json.loads(attributes["recipe"]))
 
 
@@ -320,5 +395,11 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED:  # typer, too, turns Ctrl-C into this
-        print("stopped; the log and the last checkpoint are kept: go on with --resume", file=sys.stderr)
+        measuring = sys.argv[1:2] == ["probe"]
+        kept = (
+            "the rows measured so far are kept"
+            if measuring
+            else "the log and the last checkpoint are kept: go on with --resume"
+        )
+        print(f"stopped; {kept}", file=sys.stderr)
     sys.exit(code)

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hessprobe.optimization.report import StepReport
+from hessprobe.probes.gn_hessian_table import MATRICES
+from hessprobe.probes.probe import Row
 from hessprobe.training.recorder import Measurement
 
 ACCENT = "cyan"
@@ -93,13 +95,38 @@ def _headline(measurement: Measurement) -> str:
     """Returns a probe's most telling numbers in a few words."""
     row = measurement.row
     assert row is not None
-    if measurement.probe != "cross_layer":
-        return "recorded"
+    tell = {"cross_layer": _cross_layer, "gn_hessian": _gn_hessian, "preconditioner": _preconditioner}
+    return tell.get(measurement.probe, lambda _: "recorded")(row)
+
+
+def _cross_layer(row: Row) -> str:
     along = torch.as_tensor(row["step_curvature"])[0]
-    text = (
-        f"off-block energy {float(row['off_block_energy']):.3f} ± {float(row['off_block_energy_stderr']):.3f}"
-    )
+    text = f"off-block energy {_said(row['off_block_energy'], row['off_block_energy_stderr'])}"
     share = 1 - float(along.diagonal().sum() / along.sum())
     if math.isfinite(share):  # no update, no share
         text += f", cross share of the update's curvature {share:+.2f}"
     return text
+
+
+def _gn_hessian(row: Row) -> str:
+    text = f"|H - G| / |G| {_said(row['gn_gap'], row['gn_gap_stderr'])}"
+    smallest = float(torch.as_tensor(row["lambda_min"])[MATRICES.index("hessian")])
+    return text + (f", least eigenvalue of H {smallest:+.3g}" if math.isfinite(smallest) else "")
+
+
+def _preconditioner(row: Row) -> str:
+    """Returns the best efficiency on held-out sequences, at the largest curvature batch and the first damping."""
+    best, best_stderr = (
+        torch.as_tensor(row[name])[..., -1, 0].double().nanmean(0)
+        for name in ("efficiency_held_out", "efficiency_held_out_stderr")
+    )
+    failed = sum(bool(reason) for reason in row["candidate_failure"])
+    text = f"{len(best) - failed} candidates"
+    if bool(torch.isfinite(best).any()):
+        at = int(best.nan_to_num(-math.inf).argmax())
+        text += f", the best held-out efficiency {_said(best[at], best_stderr[at])}"
+    return text + (f", {failed} failed" if failed else "")
+
+
+def _said(value: object, stderr: object) -> str:
+    return f"{float(torch.as_tensor(value)):.3f} ± {float(torch.as_tensor(stderr)):.3f}"

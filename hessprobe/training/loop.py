@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hessprobe.optimization.report import StepReport
+from hessprobe.optimization.running import RunningOptimizer, running_optimizer
 from hessprobe.probes.probe import Snapshot
 from hessprobe.problem.corpus import Corpus
 from hessprobe.problem.hub_corpus import HubCorpus
@@ -20,6 +21,7 @@ from hessprobe.store.writer import RunWriter
 from hessprobe.training.checkpoint import DataPosition, load_checkpoint, load_start, save_checkpoint
 from hessprobe.training.console import RunConsole
 from hessprobe.training.ending import Diverged, RunEnd
+from hessprobe.training.loggers import ScalarLog, check_loggers
 from hessprobe.training.optimizers import OuterOptimizer, build_optimizer, build_warmup
 from hessprobe.training.recorder import ProbeRecorder, build_probes, peak_memory
 from hessprobe.training.setup import build_model, open_corpus, pick_device, start_log
@@ -38,6 +40,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> RunEnd:
         Diverged: the loss is not finite; the log up to that step is kept.
         RunFailed: a stream of data broke off.
     """
+    check_loggers(recipe.loggers)
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
     device = pick_device(recipe.device)
@@ -55,10 +58,11 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> RunEnd:
     with (
         start_log(recipe, folder, device, corpus, partition, resume=resume, start=start) as writer,
         RunConsole(recipe.training.steps, step, name=recipe.optimizer.name) as console,
+        ScalarLog.open(recipe.loggers, folder, writer.attributes, console.say, first=step) as scalars,
     ):
         if saved:
             console.say("resuming", f"{folder} at step {step}")
-        run = Run(recipe, folder, objective, partition, corpus, device, writer, console, totals)
+        run = Run(recipe, folder, objective, partition, corpus, device, writer, console, totals, scalars)
         if saved:
             run.place_data(saved["data"], resumed=True)
         elif start:
@@ -80,10 +84,11 @@ class Run:
         writer: RunWriter,
         console: RunConsole,
         totals: Totals,
+        scalars: ScalarLog,
     ) -> None:
         self.recipe, self.folder, self.device = recipe, folder, device
         self.objective, self.partition, self.corpus = objective, partition, corpus
-        self.writer, self.console, self.totals = writer, console, totals
+        self.writer, self.console, self.totals, self.scalars = writer, console, totals, scalars
         self.first = {"train": 0, "line_search": 0}
         steps = recipe.training.steps
         writer.add_table(train_table(recipe.optimizer), range(steps))
@@ -117,13 +122,14 @@ class Run:
                     optimizer.load_state_dict(optimizer_state)
                 optimizer_state = None
             before = self.partition.vector(self.objective.model)
+            running = self._running(step, optimizer)
             report = self._take(step, optimizer, searching=step >= warmup)
             rejected = rejected + 1 if report.outcome.startswith("rejected") else 0
             if rejected == 3:
                 self.console.say(
                     "hint", "3 steps rejected in a row: a lower --set optimizer.learning_rate may help"
                 )
-            self._measure(step, before)
+            self._measure(step, before, running)
             last = step == training.steps - 1
             found = self.held_out_loss() if last or step % training.evaluate_every == 0 else None
             self._record(
@@ -208,7 +214,12 @@ class Run:
     def _placed(self, batch: tuple[torch.Tensor, torch.Tensor]) -> Batch:
         return batch[0].to(self.device), batch[1].to(self.device)
 
-    def _measure(self, step: int, before: torch.Tensor) -> None:
+    def _running(self, step: int, optimizer: OuterOptimizer) -> RunningOptimizer | None:
+        """Returns the optimizer as it is before its step, copied only where a probe due at this step looks at it."""
+        wanted = any(probe.needs_optimizer for probe in self.recorder.due(step))
+        return running_optimizer(optimizer) if wanted else None
+
+    def _measure(self, step: int, before: torch.Tensor, running: RunningOptimizer | None) -> None:
         """Measures at the parameters before the step, where the update just made was decided."""
         began = time.perf_counter()
         for probe in self.recorder.due(step):
@@ -222,9 +233,12 @@ class Run:
                 parameters=before,
                 batches=[self._placed(batch)],
                 update=self.partition.vector(self.objective.model) - before,
+                optimizer=running,
                 seed=self.recipe.seed,
             )
-            self.console.measured(self.recorder.record(probe, snapshot))
+            measurement = self.recorder.record(probe, snapshot)
+            self.console.measured(measurement)
+            self.scalars.measured(measurement)
         self.totals.probe_seconds += time.perf_counter() - began
 
     def _record(self, step: int, report: StepReport, held_out_loss: float, name: str) -> None:
@@ -236,6 +250,7 @@ class Run:
             peak_memory=peak_memory(self.device),
         )
         self.writer.write("train", step, row)
+        self.scalars.trained(step, row)
         self.console.step(step, report, held_out_loss, name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,13 @@ import torch
 
 from hessprobe.errors import UserError
 from hessprobe.probes.cross_layer import CrossLayerProbe
+from hessprobe.probes.gn_hessian import GNHessianProbe
+from hessprobe.probes.preconditioner import PreconditionerProbe
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
 from hessprobe.store.writer import RunWriter
+from hessprobe.training.probe_schedule import Every, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,11 @@ class Measurement:
 
 def build_probes(recipe: Recipe) -> list[Probe]:
     """Returns the instruments that a recipe names, in its order, each once."""
-    makers = {"cross_layer": lambda: CrossLayerProbe(recipe.cross_layer)}
+    makers = {
+        "cross_layer": lambda: CrossLayerProbe(recipe.cross_layer),
+        "gn_hessian": lambda: GNHessianProbe(recipe.gn_hessian),
+        "preconditioner": lambda: PreconditionerProbe(recipe.preconditioner),
+    }
     return [makers[name]() for name in dict.fromkeys(recipe.probes)]
 
 
@@ -43,15 +50,26 @@ class ProbeRecorder:
     Args:
         writer: the run's log; each probe's table is laid out in it at once.
         probes: the instruments.
-        steps: length of the run: a probe is due at steps 0, every, 2 every, ... below it.
+        steps: length of the run: a probe is due at steps 0, every, 2 every, ... below it. None where it is not known.
+        schedules: other schedules than that, by probe.
     """
 
-    def __init__(self, writer: RunWriter, probes: Sequence[Probe], partition: Partition, steps: int) -> None:
+    def __init__(
+        self,
+        writer: RunWriter,
+        probes: Sequence[Probe],
+        partition: Partition,
+        steps: int | None,
+        schedules: Mapping[str, Schedule] | None = None,
+    ) -> None:
         self.writer = writer
-        self.schedule = {probe.name: range(0, steps, probe.every) for probe in probes}
+        self.schedule: dict[str, Container[int]] = {}
         self.probes = list(probes)
         for probe in probes:
-            writer.add_table(probe.table(partition), list(self.schedule[probe.name]))
+            schedule = (schedules or {}).get(probe.name, Every(steps=probe.every))
+            rows = schedule.below(steps)
+            self.schedule[probe.name] = schedule if rows is None else frozenset(rows)
+            writer.add_table(probe.table(partition), None if rows is None else list(rows))
 
     def due(self, step: int) -> list[Probe]:
         """Returns the probes that measure at this step."""
@@ -70,19 +88,22 @@ class ProbeRecorder:
             row: dict[str, Any] = dict(probe.measure(snapshot))
             if not np.isfinite(float(row["loss"])):
                 raise FloatingPointError(f"the loss on the probe's batch is {float(row['loss'])}")
-        except UserError as error:
-            return self._failed(probe, snapshot, start, str(error))
         except Exception as error:  # whatever it is, training must go on
-            return self._failed(probe, snapshot, start, f"{type(error).__name__}: {error}")
+            return self.fail(probe, snapshot.step, error, time.perf_counter() - start)
         seconds = time.perf_counter() - start
         row.update(seconds=seconds, peak_memory=peak_memory(device))
         self.writer.write(probe.name, snapshot.step, {name: _array(value) for name, value in row.items()})
         return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=row)
 
-    def _failed(self, probe: Probe, snapshot: Snapshot, start: float, reason: str) -> Measurement:
-        self.writer.fail(probe.name, snapshot.step, reason)
-        seconds = time.perf_counter() - start
-        return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=None, failure=reason)
+    def fail(self, probe: Probe, step: int, error: Exception, seconds: float) -> Measurement:
+        """Marks one row as not measured, and why.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        self.writer.fail(probe.name, step, reason)
+        return Measurement(probe=probe.name, step=step, seconds=seconds, row=None, failure=reason)
 
 
 def _array(value: Any) -> Any:

@@ -139,19 +139,26 @@ def run_attributes(
     start: Start | None = None,
 ) -> dict[str, object]:
     """Returns the root attributes of a log: everything needed to know where its numbers come from."""
+    return {
+        **machine_attributes(folder, device, partition),
+        "recipe": recipe.model_dump_json(),
+        "seed": recipe.seed,
+        "data": json.dumps(dict(corpus.fingerprint)),
+        **({"start_from": json.dumps(start.origin)} if start else {}),
+    }
+
+
+def machine_attributes(folder: Path, device: torch.device, partition: Partition) -> dict[str, object]:
+    """Returns the root attributes that any run has: when it began, by which versions, on what, which blocks."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     return {
         "name": folder.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "recipe": recipe.model_dump_json(),
-        "seed": recipe.seed,
         "versions": json.dumps({"python": platform.python_version(), **versions}),
         "git_commit": _git_commit(),
         "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
-        "data": json.dumps(dict(corpus.fingerprint)),
         "partition": json.dumps(partition.sizes),
-        **({"start_from": json.dumps(start.origin)} if start else {}),
     }
 
 

@@ -83,5 +83,35 @@ def test_without_an_update_there_is_no_share(along):
     assert "cross share" not in said(lambda console: console.measured(measurement(row=row)))
 
 
+def test_each_probe_has_a_headline_of_its_own():
+    spectra = torch.tensor([0.0, -0.25, -0.5])
+    row = {"gn_gap": 0.5, "gn_gap_stderr": 0.125, "lambda_min": spectra}
+    line = said(lambda console: console.measured(measurement(probe="gn_hessian", row=row)))
+    assert line.endswith("gn_hessian: |H - G| / |G| 0.500 ± 0.125, least eigenvalue of H -0.25  0.5 s\n")
+    line = said(
+        lambda console: console.measured(
+            measurement(probe="gn_hessian", row=row | {"lambda_min": spectra * math.nan})
+        )
+    )
+    assert "eigenvalue" not in line
+    # (draw, candidate, curvature_sequences, damping): the last size and the first damping count.
+    held_out = torch.full((2, 3, 2, 2), 9.0)
+    held_out[:, :, -1, 0] = torch.tensor([[0.25, 0.5, math.nan], [0.75, 1.0, math.nan]])
+    row = {
+        "efficiency_held_out": held_out,
+        "efficiency_held_out_stderr": torch.full((2, 3, 2, 2), 0.0625),
+        "candidate_failure": ["", "", "ValueError: no"],
+    }
+    line = said(lambda console: console.measured(measurement(probe="preconditioner", row=row)))
+    assert line.endswith(
+        "preconditioner: 2 candidates, the best held-out efficiency 0.750 ± 0.062, 1 failed  0.5 s\n"
+    )
+    row["efficiency_held_out"] = held_out * math.nan
+    assert "efficiency" not in said(
+        lambda console: console.measured(measurement(probe="preconditioner", row=row))
+    )
+    assert "mine: recorded" in said(lambda console: console.measured(measurement(probe="mine", row={})))
+
+
 def test_a_narrow_window_does_not_break_a_line():
     assert said(lambda console: console.say("resuming", "x" * 200), width=40).count("\n") == 1

@@ -19,7 +19,8 @@ from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.recipe import OPTIMIZERS, OptimizerRecipe, build_recipe, read_recipe, shipped_recipes
 from hessprobe.training.loop import train
 from hessprobe.training.optimizers import build_optimizer
-from hessprobe.training.plan import _saved_bytes, cost, memory, plan
+from hessprobe.training.planning.estimate import _saved_bytes, cost, memory
+from hessprobe.training.planning.plan import plan
 from tests.training.runs import tables, text_file
 
 PAPER = {

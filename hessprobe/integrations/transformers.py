@@ -1,0 +1,132 @@
+"""The instruments inside Hugging Face's Trainer: a callback that draws its own batches from the training set.
+
+A Trainer hands its callbacks no batch, so a row is measured on examples drawn from the training set, by seed and step
+alone, through a copy of the Trainer's own collator: training reads and shuffles as if nobody had looked.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hessprobe.errors import UserError
+from hessprobe.training.any_loop.recorder import Recorder
+
+try:
+    from transformers import TrainerCallback, set_seed
+except ModuleNotFoundError as missing:
+    if (missing.name or "").split(".")[0] != "transformers":
+        raise  # it is there, and misses something of its own
+    raise UserError(
+        "hessprobe.integrations.transformers needs the library 'transformers', which is not installed here: "
+        "pip install 'hessprobe[hf]'"
+    ) from missing
+
+
+class ProbeCallback(TrainerCallback):
+    """Records probes while a Trainer trains: `Trainer(..., callbacks=[ProbeCallback("runs/mine", every=50)])`.
+
+    Training ends in the same weights, bit for bit, as without. Causal and masked language models and classifiers are
+    understood as they come (labels of -100 carry no loss); the loss is cross-entropy on the labels, whatever else a
+    Trainer may add to it (label smoothing, a balancing loss).
+
+    Args:
+        folder: of the run; a training resumed from a checkpoint goes on in it.
+        probes, every, partition, sequences, seed: as of `hessprobe.Recorder`; a step is an optimizer step, the first
+            one 0. The seed defaults to the Trainer's.
+        objective: model -> hessprobe.Objective, where the default does not fit: another loss, outputs elsewhere.
+        batches: step -> batch or list of micro-batches to measure on, where the training set cannot be drawn from (a
+            stream) or something else is wanted. It must not move the data that training reads.
+
+    Raises:
+        UserError: when training starts: sharded parameters (FSDP, DeepSpeed), a training set that is a stream without
+            `batches`, and what `hessprobe.Recorder` raises.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        probes: Any = ("cross_layer",),
+        *,
+        every: Any = None,
+        partition: Any = "layer",
+        sequences: int | None = None,
+        seed: int | None = None,
+        objective: Callable[[Any], Any] | None = None,
+        batches: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.settings = {"probes": probes, "every": every, "partition": partition, "sequences": sequences}
+        self.seed = seed
+        self.objective = objective
+        self.batches = batches
+        self.recorder: Recorder | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Opens the log, or goes on with it where training is resumed."""
+        if not state.is_world_process_zero:
+            return
+        if args.deepspeed or args.fsdp:
+            raise UserError(
+                "ProbeCallback cannot read parameters that DeepSpeed or FSDP have sharded: train with "
+                "DistributedDataParallel, or measure a checkpoint"
+            )
+        model, seed = kwargs["model"], args.seed if self.seed is None else self.seed
+        if self.recorder is not None:
+            self.recorder.close()
+        self.recorder = Recorder(
+            self.folder,
+            model if self.objective is None else self.objective(model),
+            optimizer=kwargs.get("optimizer"),
+            steps=state.max_steps if state.max_steps > 0 else None,
+            first_step=state.global_step,
+            resume=state.global_step > 0,
+            seed=seed,
+            **self.settings,
+        )
+        try:
+            self._draw = self.batches or _TrainingSet(kwargs["train_dataloader"], self.recorder, seed)
+        except UserError:
+            self.recorder.close()
+            raise
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measures what is due after an optimizer step."""
+        if self.recorder is not None:
+            step = state.global_step - 1
+            self.recorder(step, lambda: self._draw(step))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ends the recording."""
+        if self.recorder is not None:
+            self.recorder.close()
+
+
+class _TrainingSet:
+    """Draws micro-batches from a DataLoader's own set, as large as the loader's, by (seed, step) alone."""
+
+    def __init__(self, loader: Any, recorder: Recorder, seed: int) -> None:
+        dataset: Any = getattr(loader, "dataset", None)
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise UserError(
+                f"the training set is a stream ({type(dataset).__name__}), and reading from it would take examples away "
+                "from training: pass batches=, a function step -> batch to measure on"
+            )
+        self.dataset, self.seed = dataset, seed
+        # A collator that draws (masks) may hold a generator of its own, which must not move on.
+        self.collate = copy.deepcopy(loader.collate_fn)
+        self.sequences = max(recorder.sequences, 1)
+        self.size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or self.sequences
+
+    def __call__(self, step: int) -> list[Any]:
+        # Called where all global random states are put back afterwards: masks and crops follow from (seed, step) too.
+        set_seed((self.seed * 1_000_003 + step) % 2**32)
+        wanted = min(self.sequences, len(self.dataset))
+        drawn = random.Random(f"{self.seed}/{step}").sample(range(len(self.dataset)), wanted)
+        return [
+            self.collate([self.dataset[i] for i in drawn[start : start + self.size]])
+            for start in range(0, wanted, self.size)
+        ]

@@ -1,0 +1,1 @@
+"""The instruments on checkpoints, without training: `hessprobe probe`."""

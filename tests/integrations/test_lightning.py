@@ -1,0 +1,222 @@
+"""ProbeCallback in Lightning's own Trainer: modules train to the same weights, and every optimizer step is counted once."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import hessprobe as hp
+from hessprobe.errors import UserError
+from hessprobe.integrations.lightning import ProbeCallback
+from tests.training.runs import tables
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # Lightning advises on workers, loggers and checkpoint folders
+VOCABULARY, LENGTH, WIDTH = 11, 5, 8
+SMALL = {"cross_layer": {"sequences": 4}}
+
+
+class Language(pl.LightningModule):
+    """A small causal model whose forward pass is from tokens to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = x + self.dropout(torch.tanh(layer(x.cumsum(1))))
+        return self.head(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        inputs, targets = batch
+        return cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class TwoOptimizers(Language):
+    """Steps two optimizers by hand on every batch."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, index))
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        rest = [*self.embedding.parameters(), *self.head.parameters()]
+        return torch.optim.SGD(self.layers.parameters(), lr=0.1), torch.optim.AdamW(rest, lr=1e-2)
+
+
+class Wrapped(pl.LightningModule):
+    """Keeps its network inside, and its batches in mappings of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return (self.net(self.features(batch[0])) - self.aim(batch)).square().sum(-1).mean() / 2
+
+    def features(self, tokens: Tensor) -> Tensor:
+        return nn.functional.one_hot(tokens[:, 0], WIDTH + 3)[:, :WIDTH].float()
+
+    def aim(self, batch: Any) -> Tensor:
+        return batch[1][:, :3].float()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def loader() -> DataLoader:
+    tokens = torch.randint(VOCABULARY, (24, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=4, shuffle=True)
+
+
+def fit(
+    kind: type[pl.LightningModule], folder: Path, *callbacks: Any, resume: Path | None = None, **more: Any
+) -> pl.LightningModule:
+    """Returns a module after its training on 6 batches."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    pl.seed_everything(4, verbose=False)
+    module = kind()
+    settings: dict[str, Any] = {
+        "max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(folder),
+    } | more  # fmt: skip
+    trainer = pl.Trainer(callbacks=list(callbacks), **settings)
+    trainer.fit(module, loader(), ckpt_path=None if resume is None else str(resume))
+    return module
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+CASES: dict[str, tuple[type[pl.LightningModule], dict[str, Any], list[int]]] = {
+    "plain": (Language, {}, [0, 2, 4]),
+    "accumulated": (Language, {"accumulate_grad_batches": 2}, [0, 2]),
+    "two optimizers": (TwoOptimizers, {}, [0, 2, 4]),
+    "bf16": (Language, {"precision": "bf16-mixed"}, [0, 2, 4]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_ends_in_the_same_weights_bit_for_bit(tmp_path, name):
+    kind, options, steps = CASES[name]
+    bare = fit(kind, tmp_path, **options)
+    random = torch.get_rng_state()
+    probed = fit(kind, tmp_path, ProbeCallback(tmp_path / "run", SMALL, every=2), **options)
+    assert same_weights(bare, probed)
+    assert torch.equal(torch.get_rng_state(), random)
+    table = tables(tmp_path / "run")["cross_layer"]
+    assert table.failure.values.tolist() == [""] * len(steps)
+    assert table.step.values.tolist() == steps
+    assert np.isfinite(table.step_curvature.values).all()
+    assert table.block.values.tolist()[0] == "embedding"
+    assert (table.sequences.values == 4).all()
+
+
+def test_accumulated_micro_batches_are_measured_together(tmp_path):
+    probe = ProbeCallback(tmp_path / "run", {"cross_layer": {"sequences": 12}}, every=1)
+    fit(Language, tmp_path, probe, accumulate_grad_batches=3)
+    table = tables(tmp_path / "run")["cross_layer"]
+    assert table.sequences.values.tolist() == [12, 12]
+    assert table.tokens.values.tolist() == [12 * LENGTH] * 2
+
+
+def test_a_resumed_fit_goes_on_in_its_folder(tmp_path):
+    checkpoint = pl.callbacks.ModelCheckpoint(
+        tmp_path / "kept", every_n_train_steps=3, save_top_k=-1, filename="{step}"
+    )
+    options = {"enable_checkpointing": True}
+    fit(Language, tmp_path, ProbeCallback(tmp_path / "run", SMALL, every=1), checkpoint, **options)
+    before = tables(tmp_path / "run")["cross_layer"]
+    saved = shutil.move(tmp_path / "kept" / "step=3.ckpt", tmp_path / "3.ckpt")
+    fit(Language, tmp_path, ProbeCallback(tmp_path / "run", SMALL, every=1), resume=saved)
+    after = tables(tmp_path / "run")["cross_layer"]
+    assert after.step.values.tolist() == before.step.values.tolist() == list(range(6))
+    measured_anew = after.seconds.values != before.seconds.values
+    assert measured_anew.tolist() == [False] * 3 + [True] * 3
+    assert np.isfinite(after.step_curvature.values).all()
+
+
+def test_a_module_of_another_kind_is_described_by_its_objective(tmp_path):
+    def objective(module: Any) -> hp.Objective:
+        return hp.Objective(
+            module.net,
+            loss="squared_error",
+            forward=lambda net, batch: net(module.features(batch[0])),
+            targets=module.aim,
+        )
+
+    bare = fit(Wrapped, tmp_path)
+    probe = ProbeCallback(tmp_path / "run", SMALL, every=1, partition="module", objective=objective)
+    assert same_weights(bare, fit(Wrapped, tmp_path, probe))
+    table = tables(tmp_path / "run")["cross_layer"]
+    assert table.failure.values.tolist() == [""] * 6
+    assert table.block.values.tolist() == ["0", "2"]
+
+
+def test_a_mistake_is_said_before_the_first_step(tmp_path):
+    with pytest.raises(UserError, match="no probe named 'cross_layers'"):
+        fit(Language, tmp_path, ProbeCallback(tmp_path / "run", "cross_layers"))
+
+
+def test_a_training_that_breaks_off_keeps_its_rows_and_frees_the_folder(tmp_path):
+    class Breaks(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                raise RuntimeError("out of luck")
+
+    probe = ProbeCallback(tmp_path / "run", SMALL, every=1)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(Language, tmp_path, probe, Breaks())
+    assert tables(tmp_path / "run")["cross_layer"].sizes["step"] == 3
+    assert not list((tmp_path / "run").glob("*.lock"))
+    assert not list((tmp_path / "run").glob(".*.lock"))
+
+
+def test_sharded_strategies_are_refused_by_name(tmp_path):
+    class Sharded:
+        global_step, is_global_zero, optimizers = 0, True, ()
+        strategy = type("FSDPStrategy", (), {})()
+
+    with pytest.raises(UserError, match="FSDPStrategy has sharded"):
+        ProbeCallback(tmp_path / "run").on_train_start(Sharded(), Language())
+
+
+def test_without_the_library_the_error_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", None)
+    monkeypatch.delitem(sys.modules, "hessprobe.integrations.lightning")
+    with pytest.raises(
+        UserError, match=r"needs the library 'lightning'.*pip install 'hessprobe\[lightning\]'"
+    ):
+        import_module("hessprobe.integrations.lightning")

@@ -1,0 +1,256 @@
+"""ProbeCallback in Hugging Face's own Trainer: real models train to the same weights, and their rows are measured."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)  # fmt: skip
+
+import hessprobe as hp
+from hessprobe.errors import UserError
+from hessprobe.integrations.transformers import ProbeCallback
+from tests.training.runs import tables
+
+VOCABULARY, LENGTH = 13, 6
+SMALL = {"cross_layer": {"sequences": 4}}
+BERT = {
+    "vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+    "max_position_embeddings": 8,
+}  # fmt: skip
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=8,
+            n_embd=8,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=8, attention_dropout=0.1, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "masked": lambda: BertForMaskedLM(BertConfig(**BERT)),
+    "classifier": lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=3)),
+}
+
+
+class Texts(Dataset):
+    """Token sequences of several lengths; `kind` says what their labels are."""
+
+    def __init__(self, kind: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.kind = kind
+        self.tokens = [
+            torch.randint(1, VOCABULARY, (LENGTH - i % 3,), generator=generator).tolist() for i in range(24)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"input_ids": self.tokens[i], "number": i % 3}
+
+
+def collate(examples: list[dict[str, Any]], kind: str) -> dict[str, torch.Tensor]:
+    """Pads to the longest; the padding's labels are -100. Masks are drawn from the global generator."""
+    longest = max(len(x["input_ids"]) for x in examples)
+    rows = torch.tensor([x["input_ids"] + [0] * (longest - len(x["input_ids"])) for x in examples])
+    attention = (rows > 0).long()
+    labels = rows.masked_fill(attention == 0, -100)
+    if kind == "masked":
+        labels = labels.masked_fill(torch.rand(rows.shape) > 0.4, -100)
+        labels[:, 0] = rows[:, 0]
+    if kind == "classifier":
+        labels = torch.tensor([x["number"] for x in examples])
+    return {"input_ids": rows, "attention_mask": attention, "labels": labels}
+
+
+def train(
+    kind: str, folder: Path, *callbacks: TrainerCallback, resume: str | None = None, **more: Any
+) -> Trainer:
+    """Returns a Trainer after its training."""
+    set_seed(3)
+    model = MODELS[kind]()
+    settings = {
+        "max_steps": 4, "per_device_train_batch_size": 3, "learning_rate": 1e-2, "report_to": [], "save_strategy": "no",
+        "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "seed": 7, "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    } | more  # fmt: skip
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **settings),
+        train_dataset=training_set(kind),
+        data_collator=partial(collate, kind=kind),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def training_set(kind: str) -> Dataset:
+    return Texts(kind)
+
+
+def by(kind: str) -> str:
+    """A BERT's pooler belongs to no layer that its names tell, and the partition would warn of it."""
+    return "module" if kind == "classifier" else "layer"
+
+
+def same_weights(one: Trainer, other: Trainer) -> bool:
+    pairs = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)  # type: ignore[union-attr]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_training_ends_in_the_same_weights_bit_for_bit(tmp_path, kind):
+    bare = train(kind, tmp_path / "bare")
+    random = torch.get_rng_state()
+    probed = train(
+        kind, tmp_path / "probed", ProbeCallback(tmp_path / "run", SMALL, every=2, partition=by(kind))
+    )
+    assert same_weights(bare, probed)
+    assert torch.equal(torch.get_rng_state(), random)
+    table = tables(tmp_path / "run")["cross_layer"]
+    assert table.failure.values.tolist() == ["", ""]
+    assert table.step.values.tolist() == [0, 2]
+    assert np.isfinite(table.coupling.values).all()
+    assert np.isfinite(table.step_curvature.values).all()  # so the Trainer's own update was seen
+    assert (table.sequences.values == 4).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_loss_measured_is_the_models_own(tmp_path, kind):
+    """Padding, -100 and the shift of causal models are read as the model itself reads them."""
+    seen: dict[str, Any] = {}
+
+    class OnTrainBegin(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model = kwargs["model"].eval()
+            seen["batch"] = collate([Texts(kind)[i] for i in range(5)], kind)
+            with torch.no_grad():
+                seen["loss"] = float(model(**seen["batch"]).loss)
+            model.train()
+
+    probe = ProbeCallback(
+        tmp_path / "run",
+        {"cross_layer": {"sequences": 5}},
+        batches=lambda step: seen["batch"],
+        partition=by(kind),
+    )
+    train(kind, tmp_path, OnTrainBegin(), probe, max_steps=1)
+    table = tables(tmp_path / "run")["cross_layer"]
+    assert float(table.loss[0]) == pytest.approx(seen["loss"], rel=1e-5)
+    targets = seen["batch"]["labels"][:, 1:] if kind in ("gpt2", "llama") else seen["batch"]["labels"]
+    assert int(table.tokens[0]) == int((targets != -100).sum())
+
+
+def test_gradients_are_accumulated_and_the_last_row_is_the_last_optimizer_step(tmp_path):
+    options = {"gradient_accumulation_steps": 3, "max_steps": 3}
+    bare = train("gpt2", tmp_path, **options)
+    probed = train("gpt2", tmp_path, ProbeCallback(tmp_path / "run", SMALL, every=1), **options)
+    assert same_weights(bare, probed)
+    table = tables(tmp_path / "run")["cross_layer"]
+    assert table.step.values.tolist() == [0, 1, 2]
+    assert np.isfinite(table.step_slope.values).all()
+    assert len({float(loss) for loss in table.loss}) == 3  # other examples at every step
+
+
+def test_a_resumed_training_goes_on_in_its_folder(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    train("gpt2", tmp_path / "out", ProbeCallback(tmp_path / "one", SMALL, every=1), **options)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    again = ProbeCallback(tmp_path / "two", {"cross_layer": {"sequences": 4}}, every=1)
+    train("gpt2", tmp_path / "out", again, resume=checkpoint)
+    one, two = (tables(tmp_path / name)["cross_layer"] for name in ("one", "two"))
+    assert two.step.values.tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(two.loss.values, one.loss.values, rtol=1e-5)
+    np.testing.assert_array_equal(two.seconds.values == one.seconds.values, [True, True, False, False])
+    assert np.isfinite(two.step_curvature.values).all()  # its update was seen from the first step on
+
+
+def test_another_objective_can_be_given(tmp_path):
+    def smoothed(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(z, y, ignore_index=-100, label_smoothing=0.2, reduction="none")
+
+    def objective(model: nn.Module) -> hp.Objective:
+        return hp.Objective(model, loss=smoothed)
+
+    products = {"cross_layer": {"sequences": 4, "method": "products", "samples": 2}}
+    probe = ProbeCallback(tmp_path / "run", products, objective=objective)
+    train("gpt2", tmp_path, probe, max_steps=1)
+    assert tables(tmp_path / "run")["cross_layer"].failure.values.tolist() == [""]
+
+
+class Stream(IterableDataset):
+    """Texts that can only be read once."""
+
+    def __iter__(self) -> Any:
+        texts = Texts("gpt2")
+        return (texts[i % len(texts)] for i in range(100))
+
+
+def test_a_stream_needs_batches_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "training_set", lambda kind: Stream())
+    with pytest.raises(UserError, match=r"training set is a stream \(Stream\).*pass batches="):
+        train("gpt2", tmp_path, ProbeCallback(tmp_path / "refused", SMALL))
+    batch = collate([Texts("gpt2")[i] for i in range(4)], "gpt2")
+    bare = train("gpt2", tmp_path)
+    probed = train(
+        "gpt2", tmp_path, ProbeCallback(tmp_path / "run", SMALL, every=2, batches=lambda step: batch)
+    )
+    assert same_weights(bare, probed)
+    assert tables(tmp_path / "run")["cross_layer"].failure.values.tolist() == [""] * 2
+
+
+def test_a_mistake_is_said_before_the_first_step(tmp_path):
+    with pytest.raises(UserError, match="no probe named 'cross_layers'"):
+        train("gpt2", tmp_path, ProbeCallback(tmp_path / "run", "cross_layers"))
+
+
+def test_without_the_library_the_error_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "hessprobe.integrations.transformers")
+    with pytest.raises(UserError, match=r"needs the library 'transformers'.*pip install 'hessprobe\[hf\]'"):
+        import_module("hessprobe.integrations.transformers")

@@ -1,0 +1,461 @@
+"""The recorder in any loop: it measures what is due, costs nothing where nothing is, and never changes training."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import hessprobe as hp
+from hessprobe.errors import UserError
+from hessprobe.probes.cross_layer import CrossLayerProbe
+from hessprobe.probes.probe import Probe, Row, Snapshot
+from hessprobe.problem.objective import Objective
+from hessprobe.problem.partition import Partition
+from hessprobe.recipe import CrossLayerRecipe
+from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table
+from hessprobe.store.writer import RunWriter
+from hessprobe.training.any_loop.recorder import Recorder
+from tests.training.any_loop.loops import LOOPS, Loop, _plain, batches, build, plain, run
+from tests.training.runs import assert_same_rows, attributes, tables
+
+CROSS_LAYER = {"cross_layer": {"sequences": 8}}
+MEASURED = [v.name for v in MEASUREMENT_VARIABLES if v.name not in ("seconds", "peak_memory")]
+
+
+class Seen(Probe):
+    """Measures the loss and keeps what it was shown."""
+
+    name, every, sequences, needs_optimizer = "seen", 1, 8, True
+
+    def __init__(self, keep: bool = True) -> None:
+        self.keep, self.snapshots = keep, []
+
+    def table(self, partition: Partition) -> Table:
+        return Table(name=self.name, variables=MEASUREMENT_VARIABLES, coordinates={})
+
+    def measure(self, snapshot: Snapshot) -> Row:
+        loss, _ = snapshot.objective.gradient(snapshot.batches, snapshot.partition, snapshot.named_parameters)
+        if self.keep:
+            self.snapshots.append(snapshot)
+        return {**dict.fromkeys(MEASURED, 1.0), "loss": loss}
+
+
+class Clumsy(Seen):
+    """Does everything a probe must not, and then fails."""
+
+    name = "clumsy"
+
+    def measure(self, snapshot: Snapshot) -> Row:
+        model = snapshot.objective.model.eval()
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    buffer.add_(1)
+                    module._buffers[name] = buffer + 1
+        torch.randn(3), np.random.rand(), torch.manual_seed(3)
+        model(snapshot.batches[0][0]).sum().backward()
+        raise RuntimeError("fell over")
+
+
+def recorder(folder: Path, loop: Loop, probes: Any = CROSS_LAYER, **options: Any) -> Recorder:
+    given = {"partition": "module", "optimizer": loop.optimizers, "every": 2} | options
+    return Recorder(folder, Objective(loop.model), probes, **given)
+
+
+def assert_untouched(found: dict[str, Any], bare: dict[str, Any]) -> None:
+    torch.testing.assert_close(found, bare, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_training_is_the_same_bit_for_bit_with_and_without(tmp_path, name):
+    bare = run(LOOPS[name](), 5)
+    loop = LOOPS[name]()
+    with recorder(tmp_path, loop) as held:
+        found = run(loop, 5, held)
+    assert_untouched(found, bare)
+    table = tables(tmp_path)["cross_layer"]
+    assert table.step.values.tolist() == [0, 2, 4]
+    assert table.failure.values.tolist() == [""] * 3
+    assert np.isfinite(table.coupling.values).all()
+    assert table.sizes["block"] == len(Partition.of(loop.model, "module"))
+    moved = (table.step_slope.sel(direction="update").values != 0).any(axis=1)
+    assert moved.tolist() == [name != "mixed_precision", True, True]  # whose scaler skips its first step
+
+
+@pytest.mark.parametrize("mode", ["a clumsy probe", "inside no_grad"])
+def test_not_even_a_clumsy_probe_leaves_a_trace(tmp_path, mode):
+    bare = run(plain(), 4)
+    loop = plain()
+    with recorder(tmp_path, loop, Clumsy() if mode == "a clumsy probe" else CROSS_LAYER, every=1) as held:
+        found = run(loop, 4, torch.no_grad()(held) if mode == "inside no_grad" else held)
+    assert_untouched(found, bare)
+    (table,) = tables(tmp_path).values()
+    reason = "RuntimeError: fell over" if mode == "a clumsy probe" else ""
+    assert table.failure.values.tolist() == [reason] * 4
+
+
+def test_a_row_sees_theta_before_the_step_and_the_update_that_was_made(tmp_path):
+    loop, probe, theta, losses = plain(), Seen(), [], []
+    objective, partition = Objective(loop.model), Partition.of(loop.model, "module")
+    theta.append(partition.vector(loop.model))
+    with recorder(tmp_path, loop, probe, every=[0, 3], partition=partition, seed=11) as held:
+
+        def after(step: int, micro: list[Any]) -> None:
+            theta.append(partition.vector(loop.model))
+            losses.append(float(objective.gradient(micro, partition, partition.unflatten(theta[step]))[0]))
+            held(step, micro)
+
+        run(loop, 5, after)
+    for step, snapshot in zip((0, 3), probe.snapshots, strict=True):
+        assert (snapshot.step, snapshot.seed) == (step, 11)
+        assert torch.equal(snapshot.parameters, theta[step])
+        assert torch.equal(snapshot.update, theta[step + 1] - theta[step])
+        assert snapshot.optimizer.solver == "adamw"
+        (state,) = snapshot.optimizer.state
+        assert {int(s["step"]) for s in state["state"].values()} == ({step} if step else set())
+    assert tables(tmp_path)["seen"].loss.values.tolist() == [losses[0], losses[3]]
+
+
+def test_where_theta_before_the_step_is_not_known_the_row_has_no_update(tmp_path):
+    loop, probe = plain(), Seen()
+    with recorder(tmp_path, loop, probe, every=1) as held:
+        held(4, next(batches(1)))  # the recorder expected step 0
+        held(6, next(batches(1)))
+    assert [snapshot.update for snapshot in probe.snapshots] == [None, None]
+    assert torch.equal(probe.snapshots[0].parameters, held.partition.vector(loop.model))
+
+
+def test_micro_batches_are_one_batch_and_probes_read_its_first_sequences(tmp_path):
+    loop, probe = plain(), Seen()
+    micro = list(batches(3))
+    with recorder(tmp_path, loop, probe, every=1) as held:
+        probe.sequences = 13
+        for step, given in enumerate(
+            (micro, micro[0], list(micro[0]), {"x": micro[0][0], "labels": micro[0][1]})
+        ):
+            held(step, given)
+        held(9, lambda: micro[:2])
+    found = [
+        [len(batch["labels"] if isinstance(batch, dict) else batch[1]) for batch in s.batches]
+        for s in probe.snapshots
+    ]
+    assert found == [
+        [8, 5],
+        [8],
+        [8],
+        [8, 5],
+    ]  # a classifier of tensors cannot read the mapping: its row failed
+    assert torch.equal(probe.snapshots[0].batches[1][0], micro[1][0][:5])
+    assert "TypeError" in str(tables(tmp_path)["seen"].failure.values[3])
+
+
+def test_a_batch_is_made_only_where_a_probe_is_due(tmp_path):
+    made = []
+
+    def make() -> Any:
+        torch.rand(1)  # drawing a batch may draw from the global generator
+        made.append(1)
+        return next(batches(1))
+
+    bare, loop = run(plain(), 6), plain()
+    with recorder(tmp_path, loop, Seen(), every="log:2") as held:
+        found = run(loop, 6, lambda step, _: held(step, make))
+    assert held.due(0) == []  # closed
+    assert tables(tmp_path)["seen"].step.values.tolist() == [0, 1, 3]
+    assert len(made) == 3
+    assert_untouched(found, bare)
+
+
+def test_every_probe_has_its_schedule_and_its_options(tmp_path):
+    loop = plain()
+    probes = ["cross_layer", {"gn_hessian": {"every": 4}}, Seen()]
+    with recorder(tmp_path, loop, probes, every={"cross_layer": 3, "seen": [1, 5]}, sequences=5) as held:
+        assert [held.due(step) for step in range(6)] == [
+            ["cross_layer", "gn_hessian"], ["seen"], [], ["cross_layer"], ["gn_hessian"], ["seen"],
+        ]  # fmt: skip
+        assert [probe.sequences for probe in held._recorder.probes] == [5, 5, 8]
+        assert Recorder(tmp_path / "default", loop.model, partition="module").due(50) == ["cross_layer"]
+    kept = json.loads(attributes(tmp_path)["recipe"])
+    assert kept["probes"] == ["cross_layer", "gn_hessian", "seen"]
+    assert (kept["cross_layer"]["sequences"], kept["cross_layer"]["every"], kept["gn_hessian"]["every"]) == (
+        5,
+        3,
+        4,
+    )
+
+
+@pytest.mark.parametrize("steps", [None, 100])
+def test_rows_are_readable_while_training_goes_on_and_nothing_is_due_beyond_its_length(tmp_path, steps):
+    loop = plain()
+    with recorder(tmp_path, loop, Seen(keep=False), every=1, steps=steps) as held:
+        batch = next(batches(1))
+        for step in range(102):  # an unknown length grows past its first block of 64 rows
+            held(step, batch)
+            if step in (0, 63, 64, 101):
+                rows = hp.open_run(tmp_path)["seen"]["loss"]
+                assert rows.sizes["step"] == min(step + 1, steps or 1000)
+
+
+def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
+    loop, again = plain(), plain()
+    with recorder(tmp_path / "whole", loop) as held:
+        run(loop, 6, held)
+    held = recorder(tmp_path / "cut", again)
+    run(again, 3, held)  # and dies without closing: steps 0 and 2 are kept
+    assert tables(tmp_path / "cut")["cross_layer"].step.values.tolist() == [0, 2]
+    held._recorder.writer._lock.release()
+    again = plain()
+    with recorder(tmp_path / "cut", again, resume=True) as held:
+        run(again, 6, lambda step, micro: held(step, micro) if step >= 1 else None)
+    whole, cut = tables(tmp_path / "whole")["cross_layer"], tables(tmp_path / "cut")["cross_layer"]
+    np.testing.assert_array_equal(cut.fro2.values[1:], whole.fro2.values[1:])
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_gives_others(tmp_path):
+    for folder, seed in (("one", 0), ("two", 0), ("other", 1)):
+        loop = plain()
+        with recorder(tmp_path / folder, loop, seed=seed) as held:
+            run(loop, 1, held)
+    assert_same_rows(tmp_path / "one", tmp_path / "two")
+    one, other = (tables(tmp_path / folder)["cross_layer"] for folder in ("one", "other"))
+    assert not np.array_equal(one.fro2.values, other.fro2.values)
+    np.testing.assert_array_equal(one.loss.values, other.loss.values)
+
+
+def test_a_step_that_is_not_due_takes_less_than_50_microseconds(tmp_path):
+    loop, batch = plain(), next(batches(1))
+    probes = ["cross_layer", "gn_hessian", Seen()]
+    for name, every in (
+        ("every", 10**6),
+        ("log", {"cross_layer": "log:8", "gn_hessian": "log:8", "seen": [9999]}),
+    ):
+        with recorder(tmp_path / name, loop, probes, every=every) as held:
+            quiet = [s for s in range(2, 4000) if not (held.due(s) or held.due(s + 1))]
+            taken = []
+            for step in quiet:
+                start = time.perf_counter()
+                held(step, batch)
+                taken.append(time.perf_counter() - start)
+        assert len(taken) > 3500
+        assert np.median(taken) < 50e-6
+
+
+WIDE = 160
+
+
+def test_five_hundred_probed_steps_take_no_more_memory_than_the_first(tmp_path):
+    model = nn.Sequential(
+        nn.Linear(WIDE, WIDE), nn.Tanh(), nn.Linear(WIDE, 3)
+    )  # 100 kB: a kept copy a step would show
+    loop = _plain(model)
+    batch = torch.randn(4, WIDE), torch.arange(4) % 3
+    process, found = psutil.Process(), []
+    with recorder(tmp_path, loop, Seen(keep=False), every=1) as held:
+        for step in range(500):
+            loop.step([batch])
+            held(step, batch)
+            if step in (60, 499):
+                gc.collect()
+                found.append(process.memory_info().rss)
+    assert tables(tmp_path)["seen"].failure.values.tolist() == [""] * 500
+    assert found[1] <= 1.02 * found[0], found
+
+
+@pytest.mark.parametrize("probe", ["cross_layer", "gn_hessian"])
+def test_no_tensor_outlives_its_row(tmp_path, probe):
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+    loop, batch, counts = plain(), next(batches(1)), {}
+    with recorder(tmp_path, loop, {probe: {"sequences": 8}}, every=1) as held:
+        for step in range(6):
+            loop.step([batch])
+            (found,) = held(step, batch)
+            assert found.failure == ""
+            del found
+            if step in (2, 5):
+                counts[step] = alive()
+    assert counts[5] == counts[2]
+
+
+def test_what_goes_wrong_is_in_the_row_and_said_once(tmp_path, caplog):
+    loop = plain()
+    inputs, targets = next(batches(1))
+    with recorder(tmp_path, loop, every=1) as held, caplog.at_level(logging.WARNING, "hessprobe"):
+        for step in range(3):
+            (found,) = held(step, (inputs, torch.full_like(targets, -100)))
+            assert "no token carries a target" in found.failure
+        held(3, (inputs, targets))
+    table = tables(tmp_path)["cross_layer"]
+    assert ["no token carries a target" in str(reason) for reason in table.failure.values] == [True] * 3 + [
+        False
+    ]
+    assert len(caplog.records) == 1
+    assert "step 0: cross_layer failed: no token carries a target" in caplog.text
+
+
+def test_a_row_that_does_not_fit_its_own_table_is_a_failed_row(tmp_path):
+    class Short(Seen):
+        def measure(self, snapshot: Snapshot) -> Row:
+            return {name: value for name, value in super().measure(snapshot).items() if name != "tokens"}
+
+    with recorder(tmp_path, plain(), Short(), every=1) as held:
+        for step in range(2):
+            (found,) = held(step, next(batches(1)))
+            assert found.failure == "ValueError: a row of table 'seen': missing ['tokens'], unknown []"
+        assert held.active
+    assert tables(tmp_path)["seen"].sizes["step"] == 2
+
+
+class Tuples(nn.Linear):
+    """Returns more than its outputs."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        z = super().forward(x)
+        return z, z.norm()
+
+
+def test_a_model_that_returns_tuples_is_told_how_to_pick_its_outputs(tmp_path):
+    model = Tuples(6, 4)
+    with Recorder(tmp_path / "whole", model, CROSS_LAYER, every=1, partition="module") as held:
+        (failed,) = held(0, next(batches(1)))
+    assert "returned tuple: wanted a tensor of outputs" in failed.failure
+    assert "pass forward=" in failed.failure
+    objective = Objective(model, forward=lambda m, batch: m(batch[0])[0])
+    with Recorder(tmp_path / "picked", objective, CROSS_LAYER, every=1, partition="module") as held:
+        (found,) = held(0, next(batches(1)))
+    assert found.failure == ""
+
+
+def test_a_loss_that_needs_more_than_outputs_and_targets_is_refused():
+    def weighted(outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return weights * cross_entropy(outputs, targets, reduction="none")
+
+    with pytest.raises(UserError, match="loss weighted: wanted a function of .* and no more, got .*weights"):
+        Objective(build(), loss=weighted)
+    Objective(build(), loss=partial(weighted, weights=torch.ones(8)))
+
+
+def test_epochs_that_count_from_0_again_are_warned_of_and_training_goes_on(tmp_path, caplog):
+    loop, batch = plain(), next(batches(1))
+    with recorder(tmp_path, loop, Seen(keep=False)) as held, caplog.at_level(logging.WARNING, "hessprobe"):
+        for _ in range(2):
+            for step in range(3):
+                held(step, batch)
+        held(4, batch)
+    assert tables(tmp_path)["seen"].step.values.tolist() == [0, 2, 4]
+    assert [record.getMessage()[:38] for record in caplog.records] == [
+        "step 0 came after step 2, and nothing "
+    ]
+
+
+def test_a_full_disk_ends_the_recording_not_the_training(tmp_path, monkeypatch, caplog):
+    def full(*_: object) -> None:
+        raise UserError("no space left on disk")
+
+    bare, loop = run(plain(), 4), plain()
+    with recorder(tmp_path, loop, Seen(keep=False), every=1) as held:
+        monkeypatch.setattr(RunWriter, "write", full)
+        assert_untouched(run(loop, 4, held), bare)
+        assert not held.active
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "no space left on disk. Recording has stopped; training goes on" in caplog.text
+
+
+def test_other_processes_of_a_distributed_run_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    loop = plain()
+    with recorder(tmp_path / "run", loop, every=1) as held:
+        assert held(0, next(batches(1))) == ()
+        assert held.due(0) == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_precision_weights_are_measured_in_float32(tmp_path):
+    model, probe = build(counted=False).bfloat16(), Seen()
+    model[1].float()  # batch statistics stay
+    with Recorder(tmp_path, model, probe, partition="module") as held:
+        held(0, next(batches(1)))
+    (snapshot,) = probe.snapshots
+    assert snapshot.parameters.dtype == snapshot.update.dtype == torch.float32
+
+
+BAD = {
+    "no trainable parameters": (lambda m: m.requires_grad_(False), {}, "has no trainable parameters"),
+    "no probe": (None, {"probes": []}, "wanted at least one, each once, got none"),
+    "one probe twice": (None, {"probes": ["cross_layer", {"cross_layer": {}}]}, "each once, got cross_layer, cross_layer"),
+    "an unknown probe": (None, {"probes": "cross_layers"}, "no probe named 'cross_layers'. Did you mean 'cross_layer'"),
+    "an unknown option": (None, {"probes": {"cross_layer": {"sequence": 4}}}, r"in \[cross_layer\] named 'sequence'"),
+    "an option out of range": (None, {"probes": {"cross_layer": {"sequences": 1}}}, "cross_layer.sequences = 1"),
+    "an unknown partition": (None, {"partition": "layers"}, "no partition named 'layers'"),
+    "a schedule that is none": (None, {"every": "often"}, "every='often': wanted a number of steps"),
+    "a schedule of another probe": (None, {"every": {"seen": 3}}, "no probe named 'seen'. Valid: cross_layer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_in_the_call_is_said_before_training(tmp_path, name):
+    change, options, said = BAD[name]
+    model = build()
+    if change:
+        change(model)
+    with pytest.raises(UserError, match=said):
+        Recorder(tmp_path / "run", model, **{"probes": "cross_layer", "partition": "module", **options})
+    assert not (tmp_path / "run").exists()
+
+
+def test_sharded_parameters_are_refused_by_name(tmp_path):
+    model = build()
+    model[0].weight.placements = ("Shard(0)",)  # as a DTensor's
+    with pytest.raises(
+        UserError, match=r"parameters are sharded over devices \(1 of them, such as '0.weight'\)"
+    ):
+        Recorder(tmp_path / "run", model, partition="module")
+
+
+def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path):
+    with recorder(tmp_path, plain()):
+        pass
+    with pytest.raises(
+        UserError, match="already holds a run; continue it with resume=True, or give another folder"
+    ):
+        recorder(tmp_path, plain())
+    with recorder(tmp_path, plain(), resume=True), recorder(tmp_path / "new", plain(), resume=True):
+        assert (tmp_path / "new" / "log.zarr").is_dir()
+    with pytest.raises(UserError, match="was recorded differently"):
+        recorder(tmp_path, plain(), {"cross_layer": {"sequences": 7}}, resume=True)
+
+
+def test_a_probe_object_is_taken_as_it_is(tmp_path):
+    loop, probe = plain(), CrossLayerProbe(CrossLayerRecipe(sequences=8, method="products", samples=2))
+    with recorder(tmp_path, loop, [probe], every=None) as held:
+        assert [held.due(step) for step in range(4)] == [["cross_layer"], [], [], ["cross_layer"]]
+        (found,) = held(0, next(batches(1)))
+    assert found.failure == ""
+
+
+def test_the_report_of_such_a_run_says_what_it_has_and_what_not(tmp_path):
+    from hessprobe.report.page import write_report
+
+    loop = plain()
+    with recorder(tmp_path, loop) as held:
+        run(loop, 3, held)
+    page = write_report(tmp_path).read_text()
+    assert "holds no table &#39;train&#39;" in page
+    assert (
+        "every.cross_layer" not in page and "cross_layer.every" in page
+    )  # the provenance shows what was asked for
