@@ -34,6 +34,32 @@ def test_training_ends_in_the_same_weights_with_and_without_a_probe(tmp_path, op
     assert tables(tmp_path / "probed")["cross_layer"].sizes["step"] == 4
 
 
+SMALL = (
+    "gn_hessian.every=1", "gn_hessian.sequences=4", "gn_hessian.samples=2", "gn_hessian.lanczos_steps=3",
+    "gn_hessian.cg_iterations=3", "preconditioner.every=1", "preconditioner.curvature_sequences=[2,4]",
+    "preconditioner.held_out_sequences=4", "preconditioner.cg_iterations=3", "preconditioner.condition_steps=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["full_gn", "soap", "kfac"])
+def test_all_instruments_together_leave_training_as_it_is_and_measure_the_same_twice(tmp_path, optimizer):
+    """Also where the preconditioner probe answers from the running optimizer's own state."""
+    settings = (f"optimizer.name={optimizer}", "training.steps=3", "cross_layer.every=1", *SMALL)
+    everything = 'probes=["cross_layer","gn_hessian","preconditioner"]'
+    for seed, (folder, more) in enumerate((("bare", ()), ("probed", (everything,)), ("again", (everything,)))):
+        torch.manual_seed(seed)
+        train(recipe(tmp_path / folder, *settings, *more), tmp_path / folder)
+        assert torch.initial_seed() == seed
+    bare, probed = state(tmp_path / "bare"), state(tmp_path / "probed")
+    assert torch.equal(bare["parameters"], probed["parameters"])
+    torch.testing.assert_close(bare["optimizer"], probed["optimizer"], rtol=0, atol=0)
+    assert_same_rows(tmp_path / "probed", tmp_path / "again")
+    for name in ("cross_layer", "gn_hessian", "preconditioner"):
+        table = tables(tmp_path / "probed")[name]
+        assert table.sizes["step"] == 3 and not any(table["failure"].values)
+    assert not tables(tmp_path / "probed")["preconditioner"]["candidate_failure"].values.any()
+
+
 def test_two_runs_of_one_recipe_are_one_and_another_seed_is_another(tmp_path):
     for folder, seed in (("one", 3), ("two", 3), ("other", 4)):
         train(recipe(tmp_path / folder, f"seed={seed}", "training.steps=3", MEASURED), tmp_path / folder)
