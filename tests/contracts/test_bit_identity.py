@@ -46,7 +46,9 @@ def test_all_instruments_together_leave_training_as_it_is_and_measure_the_same_t
     """Also where the preconditioner probe answers from the running optimizer's own state."""
     settings = (f"optimizer.name={optimizer}", "training.steps=3", "cross_layer.every=1", *SMALL)
     everything = 'probes=["cross_layer","gn_hessian","preconditioner"]'
-    for seed, (folder, more) in enumerate((("bare", ()), ("probed", (everything,)), ("again", (everything,)))):
+    for seed, (folder, more) in enumerate(
+        (("bare", ()), ("probed", (everything,)), ("again", (everything,)))
+    ):
         torch.manual_seed(seed)
         train(recipe(tmp_path / folder, *settings, *more), tmp_path / folder)
         assert torch.initial_seed() == seed

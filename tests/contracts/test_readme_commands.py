@@ -116,7 +116,9 @@ def test_the_readmes_example_of_reading_a_log_runs(trained, monkeypatch, capsys)
 
 def test_the_readmes_examples_on_the_shipped_run_run(tmp_path, monkeypatch, capsys):
     root = Path(__file__).parents[2]
-    example = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    example = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)[
+        1
+    ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     (tmp_path / "data").symlink_to(root / "data")

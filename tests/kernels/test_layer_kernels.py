@@ -265,9 +265,9 @@ def test_intervals_of_block_norms_hold_the_truth_more_often_than_symmetric_ones(
     plain = torch.stack(
         [(e.mean - truth).abs() < 2 * e.stderr for e in (k.block_norms(quantity) for k in kernels)]
     )
-    least, mean = (0.885, 0.92) if "2" in case else (0.91, 0.94)
-    assert (held.double().mean(0) > least).all(), held.double().mean(0)
-    assert mean < held.double().mean() < 0.965
+    # 300 seeds: two binomial errors are 2.5 %.
+    assert (held.double().mean(0) > 0.915).all(), held.double().mean(0)
+    assert 0.94 < held.double().mean() < 0.965
     assert held.double().mean() > plain.double().mean() + 0.02
 
 
