@@ -57,7 +57,7 @@ def test_a_long_run_makes_few_files_and_a_large_row_one():
         variables=(variable(), pair, kernel),
         coordinates={"block": blocks, "other_block": blocks, "sketch": sketches, "other_sketch": sketches},
     )
-    assert [table.chunk_rows(v) for v in table.variables] == [512, 10, 1]
+    assert [table.chunk_rows(v) for v in table.variables] == [512, 41, 1]
 
 
 def test_every_measurement_says_its_unit_and_how_it_was_had():
