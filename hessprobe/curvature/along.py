@@ -59,7 +59,7 @@ def curvature_along(
         )
     groups = [(block,) for block in partition.blocks] if groups is None else groups
     partition.check(*(block for group in groups for block in group))
-    sequences = sum(objective.sequence_shape(batch)[0] for batch in gauss_newton.pieces)
+    sequences = sum(objective.sequence_shape(batch)[0] for batch in gauss_newton.micro_batches)
     if not 1 <= folds <= sequences:
         raise UserError(f"folds: wanted 1 to {sequences}, the batch's sequences, got {folds}")
     k, g, device = len(directions), len(groups), directions.device
@@ -68,7 +68,7 @@ def curvature_along(
     tokens = torch.zeros(folds, dtype=torch.int64, device=device)
     sound = torch.isfinite(directions).all(dim=1)
     slope[~sound], curvature[~sound] = torch.nan, torch.nan
-    first = 0
+    first = gauss_newton.shares[0].first if gauss_newton.shares else 0
     for batch in gauss_newton.pieces:
         targets = objective.targets(batch)
         b, t = objective.sequence_shape(batch)
@@ -88,6 +88,7 @@ def curvature_along(
             for f, of in rows.items():
                 slope[i, f] += (jd[:, of].flatten(1) @ downhill[of].flatten()).double()
                 curvature[i, f] += (jd[:, of].flatten(1) @ curved[:, of].flatten(1).mT).double()
+    slope, curvature, tokens = objective.processes.total(slope, curvature, tokens)
     slope /= gauss_newton.tokens
     curvature /= 2 * gauss_newton.tokens
     return Along(slope=slope, curvature=curvature + curvature.mT, tokens=tokens)

@@ -77,13 +77,13 @@ class GaussNewton(ModelOperator):
             ]
         return passes[0][0], torch.stack([torch.stack(found) for _, found in passes])
 
-    def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+    def _own(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         found = self._by_linearisation(v, ((columns, rows),)) if self._keep else None
-        return super()._apply(v, columns, rows) if found is None else found
+        return super()._own(v, columns, rows) if found is None else found
 
-    def _apply_groups(self, v: Tensor, groups: Sequence[tuple[Blocks, Blocks]]) -> Tensor:
+    def _own_groups(self, v: Tensor, groups: Sequence[tuple[Blocks, Blocks]]) -> Tensor:
         found = self._by_linearisation(v, groups) if self._keep or len(groups) > 1 else None
-        return super()._apply_groups(v, groups) if found is None else found
+        return super()._own_groups(v, groups) if found is None else found
 
     def _by_linearisation(self, v: Tensor, groups: Sequence[tuple[Blocks, Blocks]]) -> Tensor | None:
         """Returns the sum of products restricted to each group (columns, rows), or None where that cannot be had."""

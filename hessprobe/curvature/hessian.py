@@ -151,8 +151,8 @@ class Hessian(ModelOperator):
         """Whether products have come from kept graphs, which were compared or trusted."""
         return bool(self._keep and self._kept)
 
-    def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
-        if self._keep:
+    def _own(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        if self._keep and self.pieces:
             try:
                 if not self._compared:
                     self._compare(self.pieces[0])
@@ -160,7 +160,7 @@ class Hessian(ModelOperator):
             except (RuntimeError, NotImplementedError, MemoryError):
                 # No memory, or no second derivatives in reverse mode: forward mode may still have them.
                 self._keep, self._kept = 0, {}
-        return super()._apply(v, columns, rows)
+        return super()._own(v, columns, rows)
 
     def _compare(self, piece: Batch) -> None:
         """Raises where a product from a graph is not the product without it, on one piece."""
@@ -169,7 +169,7 @@ class Hessian(ModelOperator):
         with measuring(self.objective.model):
             kept = self._by_kept_graph(piece, v, everything, everything)
         theta = None if self._theta is None else self.partition.flatten(self._theta)
-        other = type(self)(self.objective, piece, self.partition, parameters=theta, memory=self.memory)
+        other = type(self)(self.objective.alone, piece, self.partition, parameters=theta, memory=self.memory)
         gap = (kept - other.apply(v) * (other.tokens / self.tokens)).norm()
         if gap > torch.finfo(self.dtype).eps ** 0.4 * kept.norm():
             raise NotImplementedError("products from the gradient's own graph differ from those without it")

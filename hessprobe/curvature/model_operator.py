@@ -7,23 +7,26 @@ activation checkpointing, an in-place operation under vmap) is dropped at its fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from hessprobe.curvature.operator import Blocks, CurvatureOperator
+from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective, measuring
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.shares import Share
 
 DEFAULT_MEMORY = 2**29
 
 
 class ModelOperator(CurvatureOperator):
     """A curvature matrix of an objective at theta on the union of micro-batches, weighted by their tokens.
+
+    Of several processes (`objective.processes`) each works on its share of the sequences, and every product is the sum.
 
     Args:
         objective: model and loss.
@@ -75,21 +78,26 @@ class ModelOperator(CurvatureOperator):
 
     @property
     def pieces(self) -> list[Batch]:
-        """The micro-batches as they are worked on: long ones in halves, finer where memory has run out."""
+        """This process's share of the micro-batches as it is worked on: long ones in halves, finer where memory ran out."""
         if self._pieces is None:
             fills = self.FILLS_CPU if self.device.type == "cpu" else self.FILLS_GPU
             found = []
-            for batch in self.micro_batches:
-                positions = self.objective.targets(batch).shape[0]
+            for own in self.shares:
+                positions = self.objective.targets(own.batch).shape[0]
                 cuts = self._cuts or (2 if positions >= 2 * fills else 1)
-                found += self.objective.split(batch, cuts)
+                found += self.objective.split(own.batch, cuts)
             self._pieces = found
         return self._pieces
+
+    @cached_property
+    def shares(self) -> list[Share]:
+        """What of the micro-batches this process works on, in order; all of them where it is alone."""
+        return self.objective.share(self.micro_batches)
 
     def _cut_finer(self) -> bool:
         """Halves the pieces; tells whether that was possible."""
         before = len(self.pieces)
-        self._cuts = 2 * math.ceil(before / len(self.micro_batches))
+        self._cuts = 2 * math.ceil(before / max(1, len(self.shares)))
         self._pieces = None
         self.__dict__.pop("bytes_per_row", None)
         return len(self.pieces) > before
@@ -140,6 +148,21 @@ class ModelOperator(CurvatureOperator):
         return 1 if k == 1 else min(k, max(1, self.memory // self.bytes_per_row))
 
     def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        return self._total(lambda: self._own(v, columns, rows))
+
+    def _apply_groups(self, v: Tensor, groups: Sequence[tuple[Blocks, Blocks]]) -> Tensor:
+        return self._total(lambda: self._own_groups(v, groups))
+
+    def _total(self, own: Callable[[], Tensor]) -> Tensor:
+        """Returns the sum over processes. Nothing in own() may wait for another: retries are each one's own business."""
+        return self.objective.processes.total(own())[0]
+
+    def _own_groups(self, v: Tensor, groups: Sequence[tuple[Blocks, Blocks]]) -> Tensor:
+        """Returns this process's share of the products restricted to groups (see CurvatureOperator)."""
+        return over_groups(self._own, v, groups, self.partition)
+
+    def _own(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        """Returns this process's share of the products."""
         while True:
             chunk = self.rows_at_once(v.shape[0]) if self._batched else 1
             try:
@@ -203,8 +226,7 @@ class ModelOperator(CurvatureOperator):
             for batch in self.pieces:
                 part = product(batch, v, columns, rows)
                 total = part if total is None else total.add_(part)
-        assert total is not None
-        return total
+        return torch.zeros_like(v) if total is None else total
 
     def _product(self, engine: str, k: int) -> Callable[..., Tensor]:
         """Returns the method that computes one micro-batch's share of k products."""

@@ -5,7 +5,7 @@ All are symmetric p x p matrices over a partition's flat parameter vector; rows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,13 +93,7 @@ class CurvatureOperator:
 
     def _apply_groups(self, v: Tensor, groups: Sequence[tuple[Blocks, Blocks]]) -> Tensor:
         """Returns the sum over groups (columns, rows) of the products restricted to them; the rows are disjoint."""
-        product = torch.zeros_like(v)
-        for columns, rows in groups:
-            part = self._apply(v, columns, rows)
-            for block in rows:
-                where = self.partition.slices[block]
-                product[:, where] = part[:, where]
-        return product
+        return over_groups(self._apply, v, groups, self.partition)
 
     def to_dense(self) -> Tensor:
         """Returns the (p, p) matrix. Cost: p products.
@@ -133,6 +127,22 @@ class CurvatureOperator:
         from hessprobe.curvature.interop import as_curvlinops
 
         return as_curvlinops(self)
+
+
+def over_groups(
+    apply: Callable[[Tensor, Blocks, Blocks], Tensor],
+    v: Tensor,
+    groups: Sequence[tuple[Blocks, Blocks]],
+    partition: Partition,
+) -> Tensor:
+    """Returns the sum over groups (columns, rows) of apply(v, columns, rows); the rows are disjoint."""
+    product = torch.zeros_like(v)
+    for columns, rows in groups:
+        part = apply(v, columns, rows)
+        for block in rows:
+            where = partition.slices[block]
+            product[:, where] = part[:, where]
+    return product
 
 
 class DifferenceOperator(CurvatureOperator):

@@ -79,12 +79,13 @@ def predicted_decrease(
     """Returns model(0) - model(delta), undamped, in nats per token over the batches. Cost: 1 gradient (a dual pass)."""
     total = 0.0
     with measuring(objective.model):
-        for batch in batches:
-            z, (jd,) = linearised(objective, batch, theta, delta, [tuple(theta)])
-            targets = objective.targets(batch)
+        for own in objective.share(batches):
+            z, (jd,) = linearised(objective, own.batch, theta, delta, [tuple(theta)])
+            targets = objective.targets(own.batch)
             start = objective.loss_function.value(z, targets)
             total += float(start - expansion(objective.loss_function, z, targets, model)(jd)[0])
-    return total / objective.tokens(batches)
+    (whole,) = objective.processes.total(torch.tensor(total, dtype=torch.float64))
+    return float(whole) / objective.tokens(batches)
 
 
 def damped(value: float, gradient: dict[str, Tensor], delta: Tensors, damping: float) -> LocalGradient:

@@ -82,17 +82,20 @@ def model_ladder(
     Cost: 1 gradient (a dual pass without a way back), and a third for each step length.
     """
     theta, d = partition.unflatten(parameters.detach()), partition.unflatten(direction)
-    found = []
+    count = sum(objective.sequence_shape(batch)[0] for batch in batches)
+    found = torch.zeros(count, 3 + 2 * len(alphas), dtype=torch.float64, device=parameters.device)
     with measuring(objective.model):
-        for batch in batches:
-            z, (jd,) = linearised(objective, batch, theta, d, [partition.names])
+        for own in objective.share(list(batches)):
+            z, (jd,) = linearised(objective, own.batch, theta, d, [partition.names])
             with torch.no_grad():
                 there = [
-                    objective.outputs(batch, partition.unflatten(parameters + alpha * direction))
+                    objective.outputs(own.batch, partition.unflatten(parameters + alpha * direction))
                     for alpha in alphas
                 ]
-                found += _sequences(objective, batch, z, jd, there, alphas)
-    tokens, slope, curvature, *changes = torch.stack(found).unbind(1)
+                rows = torch.stack(_sequences(objective, own.batch, z, jd, there, alphas))
+                found[own.first : own.first + len(rows)] = rows
+    (found,) = objective.processes.total(found)
+    tokens, slope, curvature, *changes = found.unbind(1)
     prox_linear, loss = torch.stack(changes, 1).chunk(2, 1) if changes else (slope[:, None][:, :0],) * 2
     return Ladder(
         alphas=torch.tensor(alphas, dtype=torch.float64, device=slope.device),

@@ -1,10 +1,12 @@
 """The model and its loss as functions of the parameters: L(theta) = (1/N) sum_n loss(f(theta, x)_n, y_n).
 
-Sums over data are weighted by tokens with a target, never by batches: N counts them over all micro-batches.
+Sums over data are weighted by tokens with a target, never by batches: N counts them over all micro-batches. Of several
+processes each runs the model on its share of the sequences, and the sums are added up.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -18,6 +20,8 @@ from hessprobe.problem.activations import closed_form_activations
 from hessprobe.problem.batches import Batch, default_forward, default_targets, is_tensor_list, pieces_of
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.partition import Partition, unwrapped
+from hessprobe.problem.processes import ALONE, Processes
+from hessprobe.problem.shares import Share, share_of
 
 Result = TypeVar("Result")
 
@@ -32,6 +36,7 @@ class Objective:
         forward: (model, batch) -> outputs, class dimension last; default: `model(inputs)`, `.logits` of the output.
         targets: batch -> targets; default: the batch's second entry, or its "labels" (shifted for causal models).
         ignore_index: class targets of this value carry no loss.
+        processes: who shares the work; every one of them is given the same batches and makes the same calls.
 
     A batch is a tuple `(inputs, targets)` (or a DataLoader's list of two tensors) or a mapping with "labels". A
     list of batches stands for their union: micro-batches, weighted by their tokens.
@@ -45,13 +50,22 @@ class Objective:
         forward: Callable[[nn.Module, Batch], Tensor] | None = None,
         targets: Callable[[Batch], Tensor] | None = None,
         ignore_index: int = -100,
+        processes: Processes = ALONE,
     ) -> None:
         self.model = unwrapped(model)
+        self.processes = processes
         self.loss_function = loss_named(loss, ignore_index)
         self._splits: bool | None = None if forward is None and targets is None else False
         self._shift = forward is None and targets is None and _is_causal(self.model)
         self._forward = _Forward(self.model, forward or default_forward, self._shifts)
         self._targets = targets or default_targets
+
+    @property
+    def alone(self) -> Objective:
+        """The same objective with all of the work done in this process."""
+        found = copy.copy(self)
+        found.processes = ALONE
+        return found
 
     def micro_batches(self, batches: Batch | list[Batch]) -> list[Batch]:
         """Returns the batches as a list; raises where none of them has a target."""
@@ -105,6 +119,14 @@ class Objective:
             self._splits = bool(gap <= torch.finfo(whole.dtype).eps ** 0.6)  # rounding's, not another model's
         return found if self._splits or len(found) == 1 else [batch]
 
+    def share(self, batches: Batch | list[Batch]) -> list[Share]:
+        """Returns what this process runs of micro-batches that all processes know: all of it where it is alone.
+
+        Each has about as many of the union's sequences, in their order, and possibly none. A micro-batch that cannot be
+        cut (see `split`) belongs whole to the process of its first sequence. Cost: see `split`, on two sequences, once.
+        """
+        return share_of(self, self.micro_batches(batches))
+
     def outputs(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Returns the outputs (n, c) of a batch's tokens at the given parameters (default: the model's own).
 
@@ -124,10 +146,20 @@ class Objective:
         return z
 
     def loss(self, batches: Batch | list[Batch], parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Returns the mean loss per token (0-d), differentiable in the parameters. Cost: a forward pass."""
+        """Returns the mean loss per token (0-d), differentiable in the parameters but for several processes.
+
+        Cost: a forward pass.
+        """
         listed = self.micro_batches(batches)
-        values = [self.loss_function.value(self.outputs(b, parameters), self.targets(b)) for b in listed]
-        return torch.stack(values).sum() / self.tokens(listed)
+        values = [
+            self.loss_function.value(self.outputs(own.batch, parameters), self.targets(own.batch))
+            for own in self.share(listed)
+        ]
+        if self.processes.count == 1:
+            return torch.stack(values).sum() / self.tokens(listed)
+        device = next(self.model.parameters()).device
+        whole = torch.zeros((), dtype=torch.float64, device=device) + sum(v.detach() for v in values)
+        return self.processes.total(whole)[0] / self.tokens(listed)
 
     def gradient(
         self,
@@ -138,9 +170,10 @@ class Objective:
         """Returns the loss (0-d) and its gradient (p,), both detached. Cost: one gradient."""
         listed = self.micro_batches(batches)
         tokens = self.tokens(listed)
-        loss, gradient = None, None
         with measuring(self.model, forward_mode=False):
             leaves = self.leaves(partition, parameters)
+            loss = leaves[partition.names[0]].new_zeros(())
+            gradient = None
 
             def share(batch: Batch) -> tuple[Tensor, Tensor]:
                 z, y = self.outputs(batch, leaves), self.targets(batch)
@@ -150,11 +183,13 @@ class Objective:
                     z, leaves, partition.names, self.loss_function.gradient(fixed, y) / tokens
                 )
 
-            for batch in listed:
-                part, pulled = with_parameters(self.model, leaves, lambda batch=batch: share(batch))
-                loss = part if loss is None else loss + part
+            for own in self.share(listed):
+                part, pulled = with_parameters(self.model, leaves, lambda own=own: share(own.batch))
+                loss = loss + part
                 gradient = pulled if gradient is None else gradient.add_(pulled)
-        assert loss is not None and gradient is not None
+            if gradient is None:  # fewer sequences than processes
+                gradient = partition.flatten({n: torch.zeros_like(x) for n, x in leaves.items()}).detach()
+        loss, gradient = self.processes.total(loss, gradient)
         return loss, gradient
 
     def leaves(

@@ -1,0 +1,53 @@
+"""Which sequences of a batch that all processes know one of them runs the model on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hessprobe.problem.batches import Batch, cut
+
+if TYPE_CHECKING:
+    from hessprobe.problem.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A part of a batch that one process runs.
+
+    Attributes:
+        batch: the sequences.
+        number: of the micro-batch they belong to.
+        start, stop: which of the micro-batch's sequences they are.
+        first: how many sequences come before them, over all micro-batches.
+    """
+
+    batch: Batch
+    number: int
+    start: int
+    stop: int
+    first: int
+
+
+def share_of(objective: Objective, batches: list[Batch]) -> list[Share]:
+    """Returns the present process's part of micro-batches; see `Objective.share`."""
+    counts = [objective.sequence_shape(batch)[0] for batch in batches]
+    mine = objective.processes.part(sum(counts))
+    found, first = [], 0
+    for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+        start, stop = max(0, mine.start - first), min(count, mine.stop - first)
+        if stop - start != count and not _can_be_cut(objective, batch, count):
+            start, stop = (0, count) if mine.start <= first < mine.stop else (0, 0)
+        if start < stop:
+            part = batch if stop - start == count else cut(batch, start, stop, count)
+            found.append(Share(batch=part, number=number, start=start, stop=stop, first=first + start))
+        first += count
+    return found
+
+
+def _can_be_cut(objective: Objective, batch: Batch, count: int) -> bool:
+    """Tells whether two of the batch's sequences do not depend on each other's company."""
+    if count < 2 or not isinstance(batch, (Mapping, tuple, list)):
+        return False
+    return len(objective.split(cut(batch, 0, 2, count), 2)) == 2
