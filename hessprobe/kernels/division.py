@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError
+from hessprobe.kernels.grams import Grams
 from hessprobe.kernels.plan import NotOneCall, Plan, without
 from hessprobe.kernels.sequence_gradients import outputs_of, watched
 from hessprobe.kernels.sketches import Draws
@@ -20,6 +21,8 @@ from hessprobe.problem.batches import cut
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective, with_parameters
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.processes import PeerFailed
+from hessprobe.problem.shares import Share, is_sharded
 
 # Divisions go at least so far, whatever a micro-batch's size: with each, half as much is held.
 LEAST_MEMORY = 64
@@ -36,6 +39,11 @@ class Part:
     start: int
     stop: int
 
+    @property
+    def label(self) -> tuple[int, int, int]:
+        """What it is a part of."""
+        return self.number, self.start, self.stop
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
@@ -46,6 +54,7 @@ class Gathered:
         alignment: for each vector given (l, m).
         sequence, round: (m,) to which a sketch belongs; sequences count over all micro-batches.
         plan: as it was in the end.
+        loss: summed over tokens.
         gradients: what the passes that succeeded cost, in gradients of all micro-batches.
         division: 1, or how many times smaller they had to be.
     """
@@ -55,6 +64,7 @@ class Gathered:
     sequence: Tensor
     round: Tensor
     plan: Plan
+    loss: float
     gradients: float
     division: int
 
@@ -81,16 +91,27 @@ def gathered(
         UserError: out of memory with one sequence at a time (or whole micro-batches where they cannot be cut) too.
     """
     counts = [objective.sequence_shape(batch)[0] for batch in batches]
+    shares = objective.share(list(batches))
+    if not objective.processes.all_say(bool(shares)):  # fewer sequences than processes: each runs them all
+        objective = objective.alone
+        shares = objective.share(list(batches))
+    processes, sharded = objective.processes, is_sharded(objective.model)
+    sizes = [own.stop - own.start for own in shares]
+    everyone = processes.gathered(sizes) if sharded else [sizes]
     cuttable: list[bool] = []
 
     def attempt(division: int) -> Gathered:
         if division > 1 and not cuttable:
-            largest = batches[counts.index(max(counts))]
-            cuttable.append(_can_be_cut(objective, largest, partition, theta, autocast))
-        parts = _parts(batches, counts, division if cuttable and cuttable[0] else 1)
+            largest = max(shares, key=lambda own: own.stop - own.start).batch
+            own = sharded or _can_be_cut(objective, largest, partition, theta, autocast)
+            cuttable.append(processes.all_say(own))
+        parts = _parts(shares, division if cuttable and cuttable[0] else 1, everyone)
+
+        losses: dict[tuple[int, int, int], Tensor] = {}
 
         def cotangents(i: int, r: int, outputs: Tensor, targets: Tensor) -> Tensor:
             own = parts[i]
+            losses[own.label] = objective.loss_function.value(outputs, targets).double()
             return draws.of(own.number, r, slice(own.start, own.stop), outputs, targets)
 
         kept = plan
@@ -104,14 +125,25 @@ def gathered(
                 memory=memory // division,
                 autocast=autocast,
             )
+            grams: Grams | None = None
+            refused: set[int] = set()
             try:
-                grams = stream.run([part.batch for part in parts], rounds, cotangents)
-            except NotOneCall as refused:
-                kept = without(kept, {id(refused.tap)})
+                with processes.together(detail=lambda error, kept=kept: _refused(error, kept)):
+                    grams = stream.run([part.batch for part in parts], rounds, cotangents)
+            except (NotOneCall, PeerFailed) as error:
+                refused = _refused(error, kept)
+                if not refused:
+                    raise
+            refused = set().union(*processes.gathered(refused))
+            if grams is None or refused:
+                kept = without(kept, {id(kept.taps[i]) for i in refused})
                 continue
-            sequence, of_round, order = _labels(parts, rounds, counts)
+            draws.finish()
+            (loss,) = processes.total(torch.stack(list(losses.values())).sum())
+            labels = [label for own in processes.gathered([part.label for part in parts]) for label in own]
+            sequence, of_round, order = _labels(labels, rounds, counts)
             kernel, alignment = grams.kernel.cpu(), {name: a.cpu() for name, a in grams.alignment.items()}
-            if len(parts) > len(counts):
+            if len(labels) > len(counts):
                 kernel = kernel[:, order][:, :, order]
                 alignment = {name: a[:, order] for name, a in alignment.items()}
             return Gathered(
@@ -120,9 +152,14 @@ def gathered(
                 sequence=sequence[order],
                 round=of_round[order],
                 plan=kept,
+                loss=float(loss),
                 gradients=stream.gradients,
                 division=division,
             )
+
+    def in_step(division: int) -> Gathered:
+        with processes.together():  # a process out of memory is one for all to try again
+            return attempt(division)
 
     most = max(LEAST_MEMORY, *counts)
     refusal = (
@@ -131,7 +168,7 @@ def gathered(
         f"held, 1/{most} of memory={memory:,}; measure fewer sequences or rounds (cross_layer.sequences, "
         "cross_layer.rounds), a shorter context, smaller micro-batches, or free memory on the model's device"
     )
-    return within_memory(attempt, most, refusal, division)
+    return within_memory(in_step, most, refusal, division)
 
 
 def within_memory(attempt: Callable[[int], Result], most: int, refusal: str, division: int = 1) -> Result:
@@ -157,28 +194,45 @@ def within_memory(attempt: Callable[[int], Result], most: int, refusal: str, div
         division = min(2 * division, most)
 
 
-def _parts(batches: Sequence[Batch], counts: Sequence[int], division: int) -> list[Part]:
-    """Returns the micro-batches, each cut into parts of at most 1 / division of the largest one's sequences."""
-    most = math.ceil(max(counts) / division)
+def _refused(error: BaseException, plan: Plan) -> set[int]:
+    """Returns which of a plan's taps an error refuses, in this process or in another."""
+    if isinstance(error, NotOneCall):
+        return {i for i, tap in enumerate(plan.taps) if tap is error.tap}
+    return (error.detail or set()) if isinstance(error, PeerFailed) else set()
+
+
+def _parts(shares: Sequence[Share], division: int, everyone: Sequence[Sequence[int]]) -> list[Part]:
+    """Returns a process's micro-batches, each cut into parts of at most 1 / division of the largest one's sequences.
+
+    Args:
+        everyone: how many sequences each micro-batch has in every process that must run as many parts.
+    """
+    most = math.ceil(max(map(max, everyone)) / division)
     parts = []
-    for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-        pieces = math.ceil(count / most)
+    for own, counts in zip(shares, zip(*everyone, strict=True), strict=True):
+        count = own.stop - own.start
+        pieces = min(math.ceil(max(counts) / most), min(counts))
         for i in range(pieces):
             start, stop = count * i // pieces, count * (i + 1) // pieces
-            part = batch if pieces == 1 else cut(batch, start, stop, count)
-            parts.append(Part(batch=part, number=number, start=start, stop=stop))
+            part = own.batch if pieces == 1 else cut(own.batch, start, stop, count)
+            parts.append(Part(batch=part, number=own.number, start=own.start + start, stop=own.start + stop))
     return parts
 
 
-def _labels(parts: Sequence[Part], rounds: int, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns each sketch's sequence and round as the parts ran, and the order (micro-batch, round, sequence) of them."""
+def _labels(
+    parts: Sequence[tuple[int, int, int]], rounds: int, counts: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns each sketch's sequence and round as the parts (micro-batch, start, stop) ran, and the order of them.
+
+    That order is by (micro-batch, round, sequence).
+    """
     sequence, of_round, place = [], [], []
-    for part in parts:
+    for number, start, stop in parts:
         for r in range(rounds):
-            own = sum(counts[: part.number]) + torch.arange(part.start, part.stop)
+            own = sum(counts[:number]) + torch.arange(start, stop)
             sequence.append(own)
             of_round.append(torch.full_like(own, r))
-            place.append((part.number * rounds + r) * sum(counts) + own)
+            place.append((number * rounds + r) * sum(counts) + own)
     return torch.cat(sequence), torch.cat(of_round), torch.argsort(torch.cat(place))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hessprobe.kernels import features
 from hessprobe.kernels.features import FastPath, Piece, prefers_tokens, token_gram
 from hessprobe.kernels.plan import Tap
+from hessprobe.problem.processes import ALONE, Processes
 
 
 @dataclass(kw_only=True)
@@ -30,6 +31,8 @@ class Grams:
         along: for each vector, its part at each parameter.
         like: a tensor of the device and precision that pieces are made in.
         memory: bytes; a piece and what it is made of stay far below.
+        processes, counts: who has sketches, and how many each: m together. Every one adds the same pieces in the same
+            order, its own rows of them; a piece's columns are divided over them, and `total` adds up what they found.
     """
 
     def __init__(
@@ -39,8 +42,11 @@ class Grams:
         along: Mapping[str, Mapping[str, Tensor]],
         like: Tensor,
         memory: int,
+        processes: Processes = ALONE,
+        counts: Sequence[int] = (),
     ) -> None:
-        self.group, self.sketches, self.along = group, sketches, along
+        self.group, self.along = group, along
+        self.processes, self.counts = processes, counts
         self.device, self.dtype = like.device, like.dtype
         layers = max(group.values()) + 1
         self.kernel = torch.zeros(layers, sketches, sketches, dtype=torch.float64, device=self.device)
@@ -49,7 +55,7 @@ class Grams:
         }
         # Entries of a piece for one sketch. The piece, a copy and its parts together take an eighth of the memory.
         most = min(features.PIECE, memory // (8 * self.dtype.itemsize))
-        self._width = max(1, most // sketches)
+        self._width = max(1, most // max(counts, default=sketches))
 
     def add_tap(self, tap: Tap, held: Held) -> None:
         """Adds the share of a tap's parameters."""
@@ -61,7 +67,7 @@ class Grams:
             for g in rounds:
                 inputs.append(a)
                 gradients.append(_positions(g.to(self.device, self.dtype), tap.path))
-        shared = torch.unique(torch.cat([a.reshape(-1) for a in inputs])) if embedded else None
+        shared = self._occurring(inputs) if embedded else None
         for own, name in tap.names.items():
             if own == "weight" and self._by_tokens(tap, inputs, gradients):
                 self._add(name, token_gram(inputs, gradients))
@@ -76,16 +82,30 @@ class Grams:
     def add_pieces(self, name: str, pieces: Sequence[Piece]) -> None:
         """Adds a piece of one parameter's gradients, given for all sketches in order."""
         rows = torch.cat([piece.rows for piece in pieces]) if len(pieces) > 1 else pieces[0].rows
+        rows, columns = self.processes.exchanged(rows, self.counts)
         self._add(name, rows @ rows.mT)
         for key, vectors in self.along.items():
-            self.alignment[key][self.group[name]] += rows @ pieces[0].pick(vectors[name]).to(rows)
+            v = pieces[0].pick(vectors[name])[columns].to(rows)
+            self.alignment[key][self.group[name]] += rows @ v
+
+    def total(self) -> None:
+        """Adds up what the processes have found, each on its columns."""
+        self.kernel, *alignments = self.processes.total(self.kernel, *self.alignment.values())
+        self.alignment = dict(zip(self.alignment, alignments, strict=True))
+
+    def _occurring(self, inputs: list[Tensor]) -> Tensor:
+        """Returns the tokens that occur in any process's inputs, ascending: all line their columns up by them."""
+        own = torch.unique(torch.cat([a.reshape(-1) for a in inputs]))
+        if self.processes.count == 1:
+            return own
+        return torch.unique(torch.cat(self.processes.gathered(own.cpu()))).to(own.device)
 
     def _by_tokens(self, tap: Tap, inputs: list[Tensor], gradients: list[Tensor]) -> bool:
-        if tap.path.name != "linear" or self.along:
-            return False
+        if tap.path.name != "linear" or self.along or self.processes.count > 1:
+            return False  # with other processes' sketches this form takes their inputs and output gradients whole
         a, g = inputs[0], gradients[0]
         same = all(x.shape[1] == a.shape[1] for x in inputs)
-        return same and prefers_tokens(self.sketches, a.shape[1], a.shape[-1], g.shape[-1])
+        return same and prefers_tokens(self.kernel.shape[1], a.shape[1], a.shape[-1], g.shape[-1])
 
     def _add(self, name: str, gram: Tensor) -> None:
         self.kernel[self.group[name]] += gram

@@ -14,12 +14,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hessprobe.errors import UserError
+from hessprobe.errors import UserError, unknown_name
 from hessprobe.estimation.block_norms import coupling_of, off_block_energy_of
 from hessprobe.estimation.sampling import Estimate, log_interval
 from hessprobe.kernels.division import gathered
 from hessprobe.kernels.jacobi import coordinates_of, radius_of
-from hessprobe.kernels.pairs import freedom_of, jackknife, pair_norms, sketch_weights
+from hessprobe.kernels.pairs import QUANTITIES, freedom_of, jackknife, pair_norms, sketch_weights
 from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.sketches import Draws
 from hessprobe.kernels.stream import DEFAULT_MEMORY
@@ -40,6 +40,7 @@ class LayerKernels:
         alignment: for each vector given, <w^m_i, vector_i> (l, m).
         norm2: for each vector given, ||vector_i||^2 (l,).
         routes: the way each parameter was measured, by name.
+        loss: on the batch, nats per token.
         cotangent: "sampled", "sign" or "empirical" (then this is the empirical Fisher, not Gauss-Newton).
         gradients: what the passes cost, in gradients of the batch by operation count; what memory made repeat included.
         division: 1, or into how many parts memory made the passes divide: for the next call on such a batch.
@@ -53,6 +54,7 @@ class LayerKernels:
     alignment: Mapping[str, Tensor] = field(default_factory=dict)
     norm2: Mapping[str, Tensor] = field(default_factory=dict)
     routes: Mapping[str, str] = field(default_factory=dict)
+    loss: float = float("nan")
     cotangent: str = "sampled"
     gradients: float = 0.0
     division: int = 1
@@ -113,15 +115,32 @@ class LayerKernels:
         whole, left_out = self._norms(quantity)
         return jackknife(off_block_energy_of(whole), off_block_energy_of(left_out))
 
-    def trace(self) -> Estimate:
-        """Returns tr G_ii (l,), unbiased: the mean squared norm of sketches, weighted by tokens."""
-        diagonal = torch.diagonal(self.kernel, dim1=1, dim2=2)
+    def trace(self, quantity: str = "population", *, whole: bool = False) -> Estimate:
+        """Returns tr G_ii (l,), or tr G (), unbiased: the mean squared norm of sketches, weighted by tokens.
+
+        Args:
+            quantity: what the error is of, the estimate being the same: "population" of the expected G's over sequences
+                like these, "batch" of this batch's own, by what a sequence's rounds differ.
+            whole: of all blocks together. Their errors do not add in quadrature: a sketch is large in all of them.
+
+        Raises:
+            UserError: an unknown quantity, or one round only (batch).
+        """
+        if quantity not in QUANTITIES:
+            raise unknown_name("quantity", quantity, QUANTITIES)
+        if quantity == "batch" and self.rounds < 2:
+            raise UserError("rounds 1: the error of this batch's own trace needs at least 2 rounds")
+        diagonal = torch.diagonal(self.kernel.sum(0) if whole else self.kernel, dim1=-2, dim2=-1)
         count = len(self.tokens)
-        by_sequence = torch.zeros(count, len(self.blocks), dtype=torch.float64)
-        by_sequence.index_add_(0, self.sequence, diagonal.mT / self.rounds)
+        order = torch.argsort(self.sequence * self.rounds + self.round)
+        each = diagonal[..., order].unflatten(-1, (count, self.rounds))
         share = self.tokens.double() / self.tokens.sum()
-        mean = share @ by_sequence
-        spread = (share[:, None] * (by_sequence - mean)).square().sum(0)
+        by_sequence = each.mean(-1)
+        mean = by_sequence @ share
+        if quantity == "batch":
+            variance = each.var(-1) @ share.square() / self.rounds
+            return Estimate(mean=mean, stderr=variance.sqrt(), samples=count * self.rounds)
+        spread = (by_sequence - mean[..., None]).square() @ share.square()
         return Estimate(mean=mean, stderr=(spread * count / max(count - 1, 1)).sqrt(), samples=count)
 
     def effective_rank(self, quantity: str = "population") -> Tensor:
@@ -232,7 +251,9 @@ def layer_kernels(
 
     Cost: (1 + 2 rounds) / 3 gradients and m^2 p multiply-adds for m sketches; parameters without a fast path about
     a gradient a round more. Out of memory: twice as many parts of the micro-batches, each with half of `memory`, until
-    it fits; the sketches stay the same.
+    it fits; the sketches stay the same. Of several processes each runs its share of the sequences, and hands on a part of
+    each parameter's gradients at a time: m p / count numbers arrive in each of them. Parameters may be sharded over them
+    (FSDP2): the passes are the model's own then, at its own parameters, and `batches` holds each process's in their order.
 
     Raises:
         UserError: rounds below 1, a loss without a known root of its Hessian, a batch without targets, outputs or
@@ -242,12 +263,13 @@ def layer_kernels(
         raise UserError(f"rounds {rounds}: layer kernels need at least 1")
     listed = objective.micro_batches(batches)
     tokens = [tokens_of(objective, batch) for batch in listed]
+    positions = [objective.sequence_shape(batch)[1] for batch in listed]
     found = gathered(
         objective,
         listed,
         partition,
         plan or verified_plan(objective, listed, partition, parameters),
-        Draws(cotangent, objective.loss_function, tokens, generator=generator),
+        Draws(cotangent, objective.loss_function, tokens, positions, rounds, generator=generator),
         rounds,
         theta=None if parameters is None else partition.unflatten(parameters.detach()),
         along=along,
@@ -275,6 +297,7 @@ def layer_kernels(
             for name, v in (along or {}).items()
         },
         routes=found.plan.routes,
+        loss=found.loss / int(sum(own.sum() for own in tokens)),
         cotangent=cotangent,
         gradients=found.gradients,
         division=found.division,

@@ -33,6 +33,7 @@ def forward_and_backward(
     forwarded: Callable[[Mapping[int, Seen]], None],
     arrived: Callable[[Tap, Tensor], None],
     autocast: torch.dtype | None = None,
+    anchors: Callable[[], Sequence[Tensor]] = tuple,
 ) -> list[Tensor]:
     """Returns the cotangents (n, c) of each round, after pulling them back through the taps.
 
@@ -41,6 +42,7 @@ def forward_and_backward(
         cotangents: for each round (outputs (n, c) in `dtype`, targets) -> cotangents (n, c).
         forwarded: called once, between forward and backward, with what each tap has seen, by the tap's id.
         arrived: called with a tap and its outputs' gradient, once a round.
+        anchors: what else the forward pass has read that wants gradients; taps may lie between these and the outputs.
 
     Raises:
         NotOneCall: a tap's module was not called exactly once with the sequences first, or reaches no output.
@@ -58,15 +60,16 @@ def forward_and_backward(
 
     def tapped(tap: Tap) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            goes_on = inputs[0].requires_grad  # the graph, below this module
             if recomputing:  # a checkpointed part, in backward: the same graph again, and nothing to note
-                return None if output.requires_grad else output.detach().requires_grad_().clone()
+                return None if goes_on else output.detach().requires_grad_().clone()
             if id(tap) in seen or [x.shape[:1] for x in (*inputs, output)] != 2 * [(count,)]:
                 raise NotOneCall(tap)
             seen[id(tap)] = Seen(inputs=inputs[0].detach(), output_bytes=output.nbytes)
-            if output.requires_grad:
+            if goes_on:
                 output.register_hook(lambda g: noted(tap, g))
                 return None
-            # Parameters do not ask for gradients, so a graph must start where nothing came before.
+            # No gradients of parameters are wanted, so a graph must start where nothing came before.
             root = output.detach().requires_grad_()
             roots.append((tap, root))
             return root.clone()  # a leaf would refuse to be changed in place by what comes after
@@ -91,10 +94,10 @@ def forward_and_backward(
         drawn: list[Tensor] = []
         for r, cotangent in enumerate(cotangents):
             drawn.append(cotangent(fixed, targets).to(z.dtype))
-            if roots:
-                tensors, keep = [root for _, root in roots], r < len(cotangents) - 1
+            tensors, keep = [*(root for _, root in roots), *anchors()], r < len(cotangents) - 1
+            if tensors:
                 grads = torch.autograd.grad(z, tensors, drawn[r], retain_graph=keep, allow_unused=True)
-                for (tap, root), g in zip(roots, grads, strict=True):
+                for (tap, root), g in zip(roots, grads, strict=False):
                     noted(tap, torch.zeros_like(root) if g is None else g)
     finally:
         for handle in handles:

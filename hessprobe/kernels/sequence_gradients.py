@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.plan import MASKED
 from hessprobe.problem.batches import cut
-from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
+from hessprobe.problem.objective import Batch, Objective, measuring
 from hessprobe.problem.partition import Partition
 
 
@@ -90,10 +91,10 @@ def sequence_gradients(
     Cost: about a gradient a round one sequence at a time; a gradient a sketch where the whole batch must run.
     """
     count, _ = objective.sequence_shape(batch)
-    leaves = objective.leaves(partition, theta, names)
-    inputs = [leaves[name] for name in names]
+    leaves = Leaves(objective, partition, theta, names)
 
     def pulled(z: Tensor, cotangent: Tensor, keep: bool) -> dict[str, Tensor]:
+        inputs = [leaves[name] for name in names]
         grads: Sequence[Tensor | None] = [None] * len(inputs)
         if z.requires_grad:
             grads = torch.autograd.grad(z, inputs, cotangent, retain_graph=keep, allow_unused=True)
@@ -113,4 +114,4 @@ def sequence_gradients(
                     masked[b] = own[b]
                     found(r, b, pulled(part, masked.view_as(cotangent), True))
 
-    with_parameters(objective.model, leaves, passes)
+    leaves.run(passes)

@@ -38,17 +38,31 @@ def draw_cotangent(
 class Draws:
     """The cotangents of every micro-batch and round: whoever asks again, or for some sequences alone, gets the same.
 
+    They come micro-batch by micro-batch and round by round, also where others are asked for than the first, so that a
+    process that runs a part of the batch has the numbers of one that runs all.
+
     Args:
         kind, loss: as for `draw_cotangent`.
         tokens: for each micro-batch, the tokens with a target of each of its sequences (b,).
-        generator: first asked for in order, micro-batch by micro-batch and round by round; it is left where that ends.
+        positions: for each micro-batch, the positions of a sequence.
+        rounds: of every micro-batch.
+        generator: after `finish`, left where all that was drawn ends.
     """
 
     def __init__(
-        self, kind: str, loss: Loss, tokens: Sequence[Tensor], *, generator: torch.Generator
+        self,
+        kind: str,
+        loss: Loss,
+        tokens: Sequence[Tensor],
+        positions: Sequence[int],
+        rounds: int,
+        *,
+        generator: torch.Generator,
     ) -> None:
         self.kind, self.loss, self.tokens, self.generator = kind, loss, tokens, generator
-        self._states: dict[tuple[int, int], Tensor] = {}
+        self.positions, self.rounds = positions, rounds
+        self._states = [generator.get_state()]  # before every draw known, and after the last of them
+        self._classes = 1
 
     def of(self, number: int, r: int, sequences: slice, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns cotangents (n, c) of these sequences of a micro-batch in round r, over sqrt(tokens of its sequence).
@@ -56,18 +70,33 @@ class Draws:
         Args:
             sequences: which of the micro-batch's sequences the outputs (n, c) and targets belong to.
         """
-        state = self._states.setdefault((number, r), self.generator.get_state())
-        self.generator.set_state(state)
-        tokens = self.tokens[number]
-        positions = outputs.shape[0] // len(tokens[sequences])
+        tokens, self._classes = self.tokens[number], outputs.shape[1]
         # Those of all sequences are drawn, so that what each gets does not depend on its company.
-        shape = (len(tokens) * positions, outputs.shape[1])
-        noise = _draw_noise(self.kind, self.loss, shape, self.generator)
+        noise = self._noise(number * self.rounds + r)
         if noise is not None:
-            noise = noise.view(len(tokens), positions, -1)[sequences].flatten(0, 1)
+            noise = noise.view(len(tokens), self.positions[number], -1)[sequences].flatten(0, 1)
         drawn = _cotangent(self.kind, self.loss, outputs, targets, noise)
         scale = tokens[sequences].clamp_min(1).sqrt()[:, None, None]
-        return (drawn.view(len(scale), positions, -1) / scale).view_as(drawn)
+        return (drawn.view(len(scale), self.positions[number], -1) / scale).view_as(drawn)
+
+    def finish(self) -> None:
+        """Leaves the generator behind the last draw of the last micro-batch, whichever were asked for."""
+        last = len(self.tokens) * self.rounds
+        if len(self._states) <= last:
+            self._noise(last - 1)
+        self.generator.set_state(self._states[last])
+
+    def _noise(self, which: int) -> Tensor | None:
+        """Returns the noise of draw `which` in order, of a whole micro-batch; those before it are drawn if they were not."""
+        noise = None
+        for i in range(min(which, len(self._states) - 1), which + 1):
+            self.generator.set_state(self._states[i])
+            number = i // self.rounds
+            shape = (len(self.tokens[number]) * self.positions[number], self._classes)
+            noise = _draw_noise(self.kind, self.loss, shape, self.generator)
+            if i == len(self._states) - 1:
+                self._states.append(self.generator.get_state())
+        return noise
 
 
 def _draw_noise(kind: str, loss: Loss, shape: tuple[int, int], generator: torch.Generator) -> Tensor | None:

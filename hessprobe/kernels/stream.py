@@ -15,11 +15,13 @@ from torch import Tensor
 
 from hessprobe.kernels.features import Piece
 from hessprobe.kernels.grams import Grams, Held
+from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.passes import Seen, forward_and_backward
 from hessprobe.kernels.plan import MASKED, Plan, Tap
 from hessprobe.kernels.sequence_gradients import Stretch, outputs_of, sequence_gradients, watched, within
-from hessprobe.problem.objective import Batch, Objective, with_parameters
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.shares import is_sharded
 
 DEFAULT_MEMORY = 2**31
 # (micro-batch's number, round, outputs (n, c), targets) -> cotangents (n, c), each token's scaled to its sequence; the
@@ -29,6 +31,9 @@ Cotangents = Callable[[int, int, Tensor, Tensor], Tensor]
 
 class Stream:
     """Gathers Gram matrices of one theta over micro-batches and rounds.
+
+    Of several processes (`objective.processes`) each runs micro-batches of its own, and all take the same taps in the same
+    sweeps, since a piece of a gradient is handed around as soon as it is there.
 
     Args:
         objective, partition: what is differentiated.
@@ -64,11 +69,15 @@ class Stream:
         first = next(objective.model.parameters())
         dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
         self.like = torch.empty(0, dtype=dtype, device=first.device)
+        self.sharded = is_sharded(objective.model)
         self.to_host = to_host and first.device.type != "cpu"
         self.gradients = 0.0
 
     def run(self, batches: Sequence[Batch], rounds: int, cotangents: Cotangents) -> Grams:
         """Returns kernels and alignments for sketches m = (micro-batch, round, sequence), in that order.
+
+        Args:
+            batches: this process's; one sequence at least. The sketches are those of all processes, one after another.
 
         Raises:
             NotOneCall: a tap that some batch calls otherwise than once.
@@ -77,8 +86,14 @@ class Stream:
         shapes = [self.objective.sequence_shape(batch) for batch in batches]
         self.sequences = [count for count, _ in shapes]
         self.places = [count * positions for count, positions in shapes]
-        self.sketches = sum(self.sequences) * rounds
-        self.grams = Grams(self.group, self.sketches, self.along, self.like, self.memory)
+        processes = self.objective.processes
+        everyone = processes.gathered(self.sequences)
+        self.several = max(len(sequences) for sequences in everyone) > 1
+        rows = [sum(sequences) * rounds for sequences in everyone]
+        # With sharded parameters a pass needs all processes: those with fewer sequences repeat one.
+        self.passes = [max(at) for at in zip(*everyone, strict=True)] if self.sharded else self.sequences
+        self.sketches = max(rows)  # that any process holds
+        self.grams = Grams(self.group, sum(rows), self.along, self.like, self.memory, processes, rows)
         sizes = {slot.name: slot.stop - slot.start for slot in self.partition.slots}
         # Whatever the bound, as much as one gradient of the largest: that exists in any case.
         self.least = -(-max([sizes[name] for name in self.plan.fallback], default=0) // self.sketches)
@@ -87,7 +102,18 @@ class Stream:
         with watched(self.objective.model):
             while taps or rest:
                 taps, rest = self._sweep(taps, rest)
+        self.grams.total()
         return self.grams
+
+    def leaves(self) -> Leaves:
+        """Returns the parameters for one micro-batch's passes."""
+        tapped = {name for tap in self.plan.taps for name in tap.names.values()}
+        bare = [name for name in self.partition.names if name not in tapped]
+        return Leaves(self.objective, self.partition, self.theta, bare if self.sharded else ())
+
+    def anchors(self, leaves: Leaves) -> list[Tensor]:
+        """Returns the parameters without a tap where they ask for gradients: graphs begin at them too."""
+        return [leaves[name] for name in leaves.wanted]
 
     def share(self, number: int) -> float:
         """Returns which part of all sequences is in this micro-batch."""
@@ -103,7 +129,8 @@ class Stream:
             if number == 0:
                 entries = (self.memory - sweep.bytes) // (self.sketches * self.like.itemsize)
                 taken, rest = within(entries, rest, least=0 if sweep.taps else self.least)
-                rows = self.like.new_empty(self.sketches, sum(stretch.size for stretch in taken))
+                own = sum(self.sequences) * self.rounds
+                rows = self.like.new_empty(own, sum(stretch.size for stretch in taken))
             if taken:
                 self._fall_back(number, drawn, taken, rows[start:])
             start += self.sequences[number] * self.rounds
@@ -132,6 +159,7 @@ class Stream:
             self.plan.how,
             self.autocast,
             found=found,
+            among=[*[0] * (self.passes[number] - count), *range(count)],  # what is repeated is overwritten
         )
         backward = self.rounds * (count if self.plan.how == MASKED else 1)
         self.gradients += self.share(number) * (1 + 2 * backward) / 3
@@ -155,8 +183,13 @@ class _Sweep:
     def run(self, number: int) -> list[Tensor]:
         """Runs one micro-batch and returns the cotangents (n, c) of each round."""
         stream, taps = self.stream, list(self.taps)
+        if (
+            taps and stream.sharded
+        ):  # their parameters ask for gradients, so a graph must begin at any of them
+            taps = list(stream.plan.taps)
         batch, last = stream.batches[number], number == len(stream.batches) - 1
         draws = [lambda z, y, r=r: stream.cotangents(number, r, z, y) for r in range(stream.rounds)]
+        leaves = stream.leaves()
 
         def forwarded(seen: Mapping[int, Seen]) -> None:
             if number == 0:
@@ -188,14 +221,14 @@ class _Sweep:
                     forwarded=forwarded,
                     arrived=arrived,
                     autocast=stream.autocast,
+                    anchors=lambda: stream.anchors(leaves),
                 )
             with torch.no_grad():  # the fallback's cotangents depend on the outputs
                 z = outputs_of(stream.objective, batch, stream.autocast)
             fixed, targets = z.to(stream.like.dtype), stream.objective.targets(batch)
             return [draw(fixed, targets).to(z.dtype) for draw in draws]
 
-        leaves = stream.objective.leaves(stream.partition, stream.theta, ())
-        drawn = with_parameters(stream.objective.model, leaves, passes)
+        drawn = leaves.run(passes)
         if not last:
             kept: dict[tuple[object, ...], Tensor] = {}  # several modules may have read one tensor
             for mine in self.held.values():
@@ -212,22 +245,25 @@ class _Sweep:
     def _choose(self, seen: Mapping[int, Seen]) -> None:
         """Settles which taps this sweep takes: in order, those that still fit, and one at least."""
         stream = self.stream
-        several = len(stream.batches) > 1
-        if stream.to_host or not several and stream.rounds == 1:
+        if stream.to_host or not stream.several and stream.rounds == 1:
             return  # each gradient is used as it arrives, or there is room
         scale = sum(stream.places) / stream.places[0]
+        mine = [seen[id(tap)] for tap in self.taps]
+        needs = [
+            [one.output_bytes * stream.rounds * scale, one.inputs.nbytes * scale * stream.several]
+            for one in mine
+        ]
+        # The same choice in every process: by what it takes where it takes most.
+        needs = stream.objective.processes.most(torch.tensor(needs, dtype=torch.float64)).tolist()
         taken, known = [], set()
-        for tap in self.taps:
-            mine = seen[id(tap)]
-            need = mine.output_bytes * stream.rounds * scale
-            if several and mine.inputs.data_ptr() not in known:
-                need += mine.inputs.nbytes * scale
+        for tap, one, (outputs, inputs) in zip(self.taps, mine, needs, strict=True):
+            need = outputs + (inputs if one.inputs.data_ptr() not in known else 0)
             if taken and self.bytes + need > stream.memory:
                 self.left.append(tap)
                 del self.held[id(tap)]
                 continue
             taken.append(tap)
-            known.add(mine.inputs.data_ptr())
+            known.add(one.inputs.data_ptr())
             self.bytes += int(need)
         self.taps = taken
 

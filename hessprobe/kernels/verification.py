@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.kernels.division import within_memory
+from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, NotOneCall, Plan, first_plan, without
 from hessprobe.kernels.sequence_gradients import sequence_gradients, watched
 from hessprobe.kernels.stream import Cotangents, Stream
 from hessprobe.problem.batches import cut
 from hessprobe.problem.memory import is_out_of_memory
-from hessprobe.problem.objective import Batch, Objective, with_parameters
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.processes import Processes
+from hessprobe.problem.shares import is_sharded
 
 # How far two ways to one squared gradient norm may lie apart, by the precision the model computes in.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -33,11 +38,15 @@ def verified_plan(
 
     Args:
         batches: one batch or micro-batches; that with the longest sequence is taken.
-        parameters: theta (p,); default the model's own.
+        parameters: theta (p,); default the model's own. Proofs are made beside it, but for sharded parameters.
 
     Raises:
         UserError: a model whose outputs depend on no parameter, NaN outputs, or too little memory for two sequences.
     """
+    processes, objective = (
+        objective.processes,
+        objective.alone,
+    )  # the proof is little work: everyone makes it whole
     batch = max(objective.micro_batches(batches), key=lambda b: int(tokens_of(objective, b).max()))
     count, _ = objective.sequence_shape(batch)
     chosen = int(tokens_of(objective, batch).argmax())
@@ -54,7 +63,22 @@ def verified_plan(
         "with a shorter context, or free memory on the model's device"
     )
     most = count // 2 if isinstance(batch, (Mapping, tuple, list)) else 1  # only these can be cut
-    return within_memory(attempt, max(1, most), refusal)
+    with processes.together():
+        return _agreed(within_memory(attempt, max(1, most), refusal), processes)
+
+
+def _agreed(plan: Plan, processes: Processes) -> Plan:
+    """Returns the plan whose every way has held in all processes, which may have had memory for different proofs."""
+    mine = [tuple(tap.names.values()) for tap in plan.taps]
+    found = processes.gathered((mine, plan.fallback, plan.how))
+    if all(other == found[0] for other in found):
+        return plan
+    kept = tuple(
+        tap for tap, names in zip(plan.taps, mine, strict=True) if all(names in o for o, _, _ in found)
+    )
+    rest = set(plan.routes) - {name for tap in kept for name in tap.names.values()}
+    one_by_one = all(how == ONE_SEQUENCE for _, _, how in found)
+    return Plan(taps=kept, fallback=tuple(sorted(rest)), how=ONE_SEQUENCE if one_by_one else MASKED)
 
 
 def tokens_of(objective: Objective, batch: Batch) -> Tensor:
@@ -64,7 +88,11 @@ def tokens_of(objective: Objective, batch: Batch) -> Tensor:
 
 
 def _verified(
-    objective: Objective, batch: Batch, partition: Partition, theta: Mapping[str, Tensor], chosen: int
+    objective: Objective,
+    batch: Batch,
+    partition: Partition,
+    theta: Mapping[str, Tensor] | None,
+    chosen: int,
 ) -> Plan:
     """Returns the plan that holds for this sequence of the batch."""
     plan = first_plan(objective, partition)
@@ -88,9 +116,9 @@ def _verified(
         except NotOneCall as refused:
             plan = without(plan, {id(refused.tap)})
     with watched(objective.model):
-        truth, cotangent = _true_gradients(objective, batch, partition, theta, one_sequence)
-        norms = {n: 0.0 if g is None else float(g.double().square().sum()) for n, g in truth.items()}
-        tolerance = max(TOLERANCE.get(x.dtype, FINE) for x in (cotangent, *theta.values()))
+        truth = _true_gradients(objective, batch, partition, theta, plan.fallback, one_sequence)
+        norms = truth.norms
+        tolerance = truth.tolerance
         # Rounding may be all there is of a gradient that is zero (a key's bias, say).
         floor = tolerance**4 * sum(norms.values())
         wrong = set()
@@ -114,7 +142,7 @@ def _verified(
                 partition,
                 theta,
                 plan.fallback,
-                [cotangent],
+                [truth.cotangent],
                 ONE_SEQUENCE,
                 found=lambda r, b, gradients: own.update(gradients),
                 among=[chosen],
@@ -125,39 +153,74 @@ def _verified(
             return Plan(taps=plan.taps, fallback=plan.fallback, how=MASKED)
         agree = True
         for name, mine in own.items():
-            g = truth[name]
-            gap = mine if g is None else mine - g
-            agree &= float(gap.double().square().sum()) <= tolerance**2 * norms[name] + floor
+            if name in truth.gradients:
+                gap = float((mine - truth.gradients[name]).double().square().sum())
+                agree &= gap <= tolerance**2 * norms[name] + floor
+            else:  # of a way that has just been refused, its norm alone is known
+                gap = abs(float(mine.double().square().sum()) - norms[name])
+                agree &= gap <= tolerance * norms[name] + floor
     return Plan(taps=plan.taps, fallback=plan.fallback, how=ONE_SEQUENCE if agree else MASKED)
 
 
-def _shaken(objective: Objective, partition: Partition, parameters: Tensor | None) -> dict[str, Tensor]:
-    """Returns parameters near the given ones where no gradient vanishes (a zero initialisation proves nothing)."""
+def _shaken(
+    objective: Objective, partition: Partition, parameters: Tensor | None
+) -> dict[str, Tensor] | None:
+    """Returns parameters near the given ones where no gradient vanishes (a zero initialisation proves nothing).
+
+    Sharded parameters stay as they are: None.
+    """
+    if is_sharded(objective.model):
+        return None
     theta = partition.vector(objective.model) if parameters is None else parameters.detach()
     generator = torch.Generator(theta.device).manual_seed(0)
     noise = torch.randn(theta.shape, generator=generator, dtype=theta.dtype, device=theta.device)
     return partition.unflatten(torch.add(theta, noise, alpha=0.01))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Truth:
+    """J^T c straight from autograd: its squared norm by parameter, some of it whole, c, and how near others must come."""
+
+    norms: dict[str, float]
+    gradients: dict[str, Tensor]
+    cotangent: Tensor
+    tolerance: float
+
+
 def _true_gradients(
     objective: Objective,
     batch: Batch,
     partition: Partition,
-    theta: Mapping[str, Tensor],
+    theta: Mapping[str, Tensor] | None,
+    kept: Sequence[str],
     cotangents: Cotangents,
-) -> tuple[dict[str, Tensor | None], Tensor]:
-    """Returns J^T c by parameter, straight from autograd (None where the outputs do not depend on it), and c."""
-    leaves = objective.leaves(partition, theta)
+) -> _Truth:
+    """Returns the pulled back cotangents; whole only for the names `kept`: of the others one at a time exists."""
+    leaves = Leaves(objective, partition, theta, partition.names)
+    norms = dict.fromkeys(partition.names, 0.0)
 
-    def once() -> tuple[dict[str, Tensor | None], Tensor]:
+    def measured(name: str, gradient: Tensor) -> Tensor:
+        norms[name] = float(gradient.double().square().sum())
+        return gradient if name in kept else gradient.new_zeros(()).expand(gradient.shape)
+
+    def once() -> _Truth:
         z = objective.outputs(batch)
         if not z.requires_grad:
             raise UserError(
-                f"{type(objective.model).__name__}: its outputs do not depend on any of its {len(leaves)} trainable "
-                "parameters through autograd; look for detach(), no_grad() or an argmax on the way to them"
+                f"{type(objective.model).__name__}: its outputs do not depend on any of its {len(partition.names)} "
+                "trainable parameters through autograd; look for detach(), no_grad() or an argmax on the way to them"
             )
         cotangent = cotangents(0, 0, z.detach(), objective.targets(batch))
-        grads = torch.autograd.grad(z, list(leaves.values()), cotangent, allow_unused=True)
-        return dict(zip(leaves, grads, strict=True)), cotangent
+        inputs = [leaves[name] for name in partition.names]
+        hooks = [x.register_hook(partial(measured, n)) for n, x in zip(partition.names, inputs, strict=True)]
+        try:
+            grads = torch.autograd.grad(z, inputs, cotangent, allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        named = zip(partition.names, inputs, grads, strict=True)
+        whole = {n: torch.zeros_like(x) if g is None else g for n, x, g in named if n in kept}
+        tolerance = max(TOLERANCE.get(x.dtype, FINE) for x in (cotangent, *inputs))
+        return _Truth(norms=norms, gradients=whole, cotangent=cotangent, tolerance=tolerance)
 
-    return with_parameters(objective.model, leaves, once)
+    return leaves.run(once)

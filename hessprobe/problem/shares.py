@@ -1,4 +1,8 @@
-"""Which sequences of a batch that all processes know one of them runs the model on."""
+"""Which sequences of a batch that all processes know one of them runs the model on.
+
+Where the model's parameters are sharded over the processes they must run it equally often, for each pass gathers them:
+a share is then whole micro-batches, as many for each.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import nn
+
+from hessprobe.errors import UserError
 from hessprobe.problem.batches import Batch, cut
 
 if TYPE_CHECKING:
@@ -33,7 +40,16 @@ class Share:
 def share_of(objective: Objective, batches: list[Batch]) -> list[Share]:
     """Returns the present process's part of micro-batches; see `Objective.share`."""
     counts = [objective.sequence_shape(batch)[0] for batch in batches]
-    mine = objective.processes.part(sum(counts))
+    processes = objective.processes
+    mine = processes.part(sum(counts))
+    if processes.count > 1 and is_sharded(objective.model):
+        if len(batches) % processes.count:
+            raise UserError(
+                f"{len(batches)} micro-batches for {processes.count} processes: with parameters sharded over them, give "
+                "the micro-batches of all processes in their order, as many of each"
+            )
+        whole = processes.part(len(batches))
+        mine = slice(sum(counts[: whole.start]), sum(counts[: whole.stop]))
     found, first = [], 0
     for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
         start, stop = max(0, mine.start - first), min(count, mine.stop - first)
@@ -44,6 +60,11 @@ def share_of(objective: Objective, batches: list[Batch]) -> list[Share]:
             found.append(Share(batch=part, number=number, start=start, stop=stop, first=first + start))
         first += count
     return found
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tells whether parameters lie in parts on several devices (FSDP2, tensor parallel: DTensors)."""
+    return any(hasattr(p, "placements") for p in model.parameters())
 
 
 def _can_be_cut(objective: Objective, batch: Batch, count: int) -> bool:

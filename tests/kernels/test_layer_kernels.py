@@ -27,6 +27,7 @@ from tests.models import IGNORED, logcosh, redraw, seeded
 
 VOCABULARY, LENGTH, POPULATION = 6, 5, 48
 SEEDS = 300
+QUANTITIES = ("block_norms", "coupling", "off_block_energy", "trace", "whole trace")
 
 
 def decoder() -> nn.Module:
@@ -118,6 +119,7 @@ class World:
             "coupling": oracles.coupling(g, self.slices),
             "off_block_energy": 1 - fro2.trace() / fro2.sum(),
             "trace": torch.stack([g[i, i].trace() for i in self.slices]),
+            "whole trace": g.trace(),
         }
 
 
@@ -131,7 +133,8 @@ def estimates(kernels: LayerKernels, quantity: str) -> dict[str, Estimate]:
         "block_norms": kernels.block_norms(quantity),
         "coupling": kernels.coupling(quantity),
         "off_block_energy": kernels.off_block_energy(quantity),
-        "trace": kernels.trace(),
+        "trace": kernels.trace(quantity),
+        "whole trace": kernels.trace(quantity, whole=True),
     }
 
 
@@ -208,21 +211,21 @@ def population_trials(ragged: bool) -> dict[str, Trials]:
 # -- unbiased, and with honest errors ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["block_norms", "coupling", "off_block_energy", "trace"])
+@pytest.mark.parametrize("name", QUANTITIES)
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
 def test_batch_quantities_are_unbiased(ragged, name):
     z = batch_trials(ragged)[name].z
     assert z.abs().max() < 3.5, z
 
 
-@pytest.mark.parametrize("name", ["block_norms", "coupling", "off_block_energy", "trace"])
+@pytest.mark.parametrize("name", QUANTITIES)
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
 def test_population_quantities_are_unbiased(ragged, name):
     z = population_trials(ragged)[name].z
     assert z.abs().max() < 3.5, z
 
 
-@pytest.mark.parametrize("name", ["block_norms", "coupling", "off_block_energy", "trace"])
+@pytest.mark.parametrize("name", QUANTITIES)
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
 def test_population_errors_are_honest(ragged, name):
     """As large as the spread; estimates as skewed as a square's cover a little less than a normal's 0.68 and 0.95."""
@@ -233,7 +236,7 @@ def test_population_errors_are_honest(ragged, name):
     assert trials.coverage(2).median() > 0.85, trials.coverage(2)
 
 
-@pytest.mark.parametrize("name", ["block_norms", "coupling", "off_block_energy", "trace"])
+@pytest.mark.parametrize("name", QUANTITIES)
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
 def test_batch_errors_are_honest_or_cautious(ragged, name):
     trials = batch_trials(ragged)[name]
@@ -249,6 +252,24 @@ def test_batch_errors_of_two_rounds_are_as_large_as_the_spread(ragged, name):
     trials = batch_trials(ragged, 2)[name]
     assert (trials.honesty > 0.92).all() and (trials.honesty < 1.2).all(), trials.honesty
     assert (trials.coverage(1) > 0.56).all(), trials.coverage(1)
+
+
+@pytest.mark.parametrize("name", ["trace", "whole trace"])
+@pytest.mark.parametrize("rounds", [2, 3])
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal lengths", "ragged"])
+def test_errors_of_the_batchs_own_trace_are_as_large_as_the_spread(ragged, rounds, name):
+    trials = batch_trials(ragged, rounds)[name]
+    # 300 seeds: the spread itself is known to 4 %.
+    assert (trials.honesty > 0.87).all() and (trials.honesty < 1.13).all(), trials.honesty
+    assert (trials.coverage(2) > 0.86).all(), trials.coverage(2)  # labels now and then are far out
+
+
+def test_what_sequences_differ_by_is_no_error_of_the_batchs_own_trace():
+    """The data's own labels are the same in every round."""
+    kernels = world(True).measured(torch.arange(8), 0, rounds=2, cotangent="empirical")
+    for whole in (False, True):
+        assert kernels.trace("batch", whole=whole).stderr.max() < 1e-12
+        assert kernels.trace(whole=whole).stderr.min() > 1e-3 * kernels.trace(whole=whole).mean.min()
 
 
 @pytest.mark.parametrize("case", ["population", "batch", "batch of 2 rounds"])
@@ -419,6 +440,8 @@ def test_two_sequences_have_no_population_error():
 def test_one_round_has_no_batch_quantity():
     with pytest.raises(UserError, match="rounds 1: the batch quantity .* use quantity='population', or more"):
         world(False).measured(torch.arange(4), 0, rounds=1).block_norms("batch")
+    with pytest.raises(UserError, match="rounds 1: .* own trace needs at least 2"):
+        world(False).measured(torch.arange(4), 0, rounds=1).trace("batch")
 
 
 def test_no_round_and_unknown_names_are_refused():
@@ -427,6 +450,8 @@ def test_no_round_and_unknown_names_are_refused():
         here.measured(torch.arange(4), 0, rounds=0)
     with pytest.raises(UserError, match="no quantity named 'bach'. Did you mean 'batch'"):
         here.measured(torch.arange(4), 0, rounds=2).block_norms("bach")
+    with pytest.raises(UserError, match="no quantity named 'bach'. Did you mean 'batch'"):
+        here.measured(torch.arange(4), 0, rounds=2).trace("bach")
     with pytest.raises(UserError, match="no cotangent named"):
         here.measured(torch.arange(4), 0, rounds=2, cotangent="labels")
 
