@@ -33,6 +33,7 @@ from hessprobe.kernels.verification import verified_plan
 from hessprobe.probes.cross_layer_table import DIRECTIONS, cross_layer_table, sketches
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.shares import is_sharded
 from hessprobe.recipe import CrossLayerRecipe
 from hessprobe.store.schema import Table
 
@@ -56,6 +57,8 @@ class CrossLayerProbe(Probe):
         return cross_layer_table(self.recipe, partition.blocks)
 
     def measure(self, snapshot: Snapshot) -> Row:
+        if is_sharded(snapshot.objective.model):
+            return self._of_shards(snapshot)
         objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.batches
         operator = self._matrix(snapshot)
         loss, gradient = objective.gradient(batches, partition, snapshot.named_parameters)
@@ -105,11 +108,44 @@ class CrossLayerProbe(Probe):
         # Gradient, update and the other way, then the symmetry check's two rows, or a block's probes, and their products.
         return 3 + 2 * (2 if self.recipe.uses_kernels else self.recipe.samples)
 
+    def _of_shards(self, snapshot: Snapshot) -> Row:
+        """Returns a row of a model whose parameters are sharded over devices: what backward passes alone can tell.
+
+        Curvature along directions and the symmetry check take products with G, which shards do not have.
+
+        Raises:
+            UserError: a recipe that asks for products.
+        """
+        if not self.recipe.uses_kernels:
+            raise UserError(
+                "cross_layer: parameters sharded over devices have neither a forward mode nor second derivatives, and "
+                "products need one of them: set cross_layer.method=kernels and cross_layer.matrix=gauss_newton"
+            )
+        norms, spent = self._by_kernels(snapshot, {})
+        layers, nowhere = len(snapshot.partition), torch.nan
+        along = torch.full((len(DIRECTIONS), layers), nowhere)
+        return {
+            **norms,
+            "step_curvature": along[:, :, None].expand(-1, -1, layers),
+            "step_slope": along,
+            "gradient_norm2": along[0],
+            "tokens": snapshot.objective.tokens(snapshot.batches),
+            "sequences": sum(snapshot.objective.sequence_shape(batch)[0] for batch in snapshot.batches),
+            "damping": 0.0,
+            "symmetry_gap": nowhere,
+            "gradient_equivalents": spent,
+        }
+
     def _by_kernels(self, snapshot: Snapshot, directions: dict[str, Tensor]) -> tuple[dict[str, Any], float]:
-        """Returns what the row holds from kernels, and the gradients that they took."""
+        """Returns what the row holds from kernels, and the gradients that they took.
+
+        Args:
+            directions: that alignments are wanted with; none for sharded parameters, which are measured as they are.
+        """
         objective, partition = snapshot.objective, snapshot.partition
+        theta = snapshot.parameters if directions else None
         if self._plan is None:
-            self._plan = verified_plan(objective, snapshot.batches, partition, snapshot.parameters)
+            self._plan = verified_plan(objective, snapshot.batches, partition, theta)
         rounds, spent = self.recipe.rounds, 0.0
         generator = snapshot.generator(self.name)
         while True:
@@ -120,7 +156,7 @@ class CrossLayerProbe(Probe):
                 rounds=rounds,
                 generator=generator,
                 cotangent=self.recipe.cotangent,
-                parameters=snapshot.parameters,
+                parameters=theta,
                 along=directions,
                 plan=self._plan,
                 division=self._division,
@@ -136,7 +172,8 @@ class CrossLayerProbe(Probe):
             # Fresh sketches each time: an error that was small by luck must not be kept because it was small.
             rounds = min(2 * rounds, self.recipe.most_rounds)
         quantity, place = self.recipe.quantity, self._places(found)
-        alignment = torch.stack([found.alignment[name] for name in DIRECTIONS])
+        unknown = torch.full_like(found.kernel[..., 0], torch.nan)
+        alignment = torch.stack([found.alignment.get(name, unknown) for name in DIRECTIONS])
         row = {
             **_estimates(
                 found.block_norms(quantity),
@@ -151,6 +188,7 @@ class CrossLayerProbe(Probe):
             "jacobi_radius_held_out": found.jacobi_radius(self.recipe.jacobi_damping, cross_fit="direction"),
             "rounds": rounds,
             "coupling_error": error,
+            "loss": found.loss,
         }
         return row, spent
 

@@ -25,7 +25,7 @@ class Snapshot:
     Attributes:
         step: outer steps done before this moment.
         objective: model and loss. The model may have moved on: theta is `parameters`, not the model's own.
-        parameters: theta (p,) at this moment.
+        parameters: theta (p,) at this moment; empty where it is sharded over devices: it is the model's own then.
         batches: the probe's own micro-batches.
         update: what the optimizer then really added to theta (p,), or None where that is not known.
         optimizer: the running optimizer's name and state before that step, or None where that is not known.
