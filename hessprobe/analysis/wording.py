@@ -21,6 +21,9 @@ def plus_minus(value: float, stderr: float | None, unit: str = "") -> str:
         return f"{_minus(f'{value:.4g}')} ± 0{tail}"
     places = 1 - math.floor(math.log10(stderr))
     if places > 6:
+        power = math.floor(math.log10(max(abs(value), stderr)))
+        if power < -3 and places + power <= 6:  # too many zeros to count: (−5.0 ± 2.0)e-6
+            return f"({plus_minus(value / 10**power, stderr / 10**power)})e{power}{tail}"
         return f"{_minus(f'{value:.4g}')} ± {stderr:.1g}{tail}"
     places = max(0, places)
     return f"{_minus(f'{value:.{places}f}')} ± {stderr:.{places}f}{tail}"

@@ -9,6 +9,7 @@ skips documents without tokenizing them; they change no token.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ def _dataset_of(source: str) -> tuple[str, str | None]:
     """Returns path and configuration: hub:allenai/c4/en is configuration en of allenai/c4."""
     name = source.removeprefix(HUB)
     if name.startswith((".", "/", "~")):
-        return str(Path(name).expanduser()), None
+        return str(Path(os.path.expanduser(name))), None
     owner, _, rest = name.partition("/")
     dataset, _, config = rest.partition("/")
     if not owner or not dataset:

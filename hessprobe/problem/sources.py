@@ -42,7 +42,7 @@ def read_parts(source: str | Path, fraction: float) -> Parts:
     """
     if source == STANDARD_LIBRARY:  # the word only: Path("stdlib") and "./stdlib" are a folder of that name
         return _standard_library(fraction)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not str(source) or not path.exists():
         raise UserError(
             f"no corpus at {str(source)!r}. Valid: stdlib, a text file, a folder of text files, "

@@ -6,6 +6,7 @@ The library `tokenizers` does the work and is imported when one is asked for; by
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,8 @@ def load_tokenizer(name: str, *, end_of_text: str | None = None, text: np.ndarra
     tokenizers = require_hub("tokenizers", f"data.tokenizer = {name!r}")
     if name.startswith(LEARNED):
         rules = _learned(tokenizers, name, text)
-    elif name.endswith(".json") or Path(name).expanduser().exists():
-        rules = _from_file(tokenizers, Path(name).expanduser())
+    elif name.endswith(".json") or Path(os.path.expanduser(name)).exists():
+        rules = _from_file(tokenizers, Path(os.path.expanduser(name)))
     else:
         rules = _from_hub(tokenizers, name)
     wanted = _ENDS if end_of_text is None else (end_of_text,)
