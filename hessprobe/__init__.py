@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from hessprobe import optimization as optim
     from hessprobe.curvature.gauss_newton import GaussNewton
     from hessprobe.curvature.hessian import Hessian
+    from hessprobe.curvature.residual import Residual
     from hessprobe.errors import RunFailed, UserError
     from hessprobe.estimation.block_norms import block_norms
     from hessprobe.estimation.density import SpectralDensity, spectral_density
+    from hessprobe.estimation.hessian_trace import hessian_trace
     from hessprobe.estimation.lanczos import lanczos
     from hessprobe.estimation.sampling import Estimate
     from hessprobe.estimation.trace import hutchinson_trace, hutchpp_trace, xtrace
@@ -34,10 +36,12 @@ _HOMES = {
     "Objective": "problem.objective",
     "Partition": "problem.partition",
     "Recorder": "training.any_loop.recorder",
+    "Residual": "curvature.residual",
     "RunFailed": "errors",
     "SpectralDensity": "estimation.density",
     "UserError": "errors",
     "block_norms": "estimation.block_norms",
+    "hessian_trace": "estimation.hessian_trace",
     "hutchinson_trace": "estimation.trace",
     "hutchpp_trace": "estimation.trace",
     "layer_kernels": "kernels.layer_kernels",
@@ -56,10 +60,12 @@ __all__ = [
     "Objective",
     "Partition",
     "Recorder",
+    "Residual",
     "RunFailed",
     "SpectralDensity",
     "UserError",
     "block_norms",
+    "hessian_trace",
     "hutchinson_trace",
     "hutchpp_trace",
     "lanczos",

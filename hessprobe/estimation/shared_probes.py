@@ -41,6 +41,25 @@ class SharedProbes:
         """tr A of the three."""
         return Estimate.of(self.trace)
 
+    def traces_given(self, known: Estimate) -> Estimate:
+        """Returns tr A of the three, unbiased, where tr G is known from elsewhere: G's readings are a control variate.
+
+        What v.G v shows too much takes with it, on average, <H, G> / |G|^2 of it in v.H v: that share comes off, each
+        probe's from the other probes' readings (so it is independent of the probe's own). tr H is then as noisy as
+        what of H is orthogonal to G, and H = G + R holds of the means as ever.
+
+        Args:
+            known: tr G () of the same matrix, from anything but these probes; its error is added in quadrature.
+        """
+        tr_g, stderr = (x.to(self.trace) for x in (known.mean, known.stderr))
+        others = torch.stack([x.sum() - x for x in (self.overlap, self.fro2[:, 0])])
+        share = (others[0] / others[1]).nan_to_num(nan=0.0)  # no G, nothing to take off
+        shares = torch.stack([torch.ones_like(share), share, share - 1], 1)
+        probes = Estimate.of(self.trace - shares * (self.trace[:, :1] - tr_g))
+        return Estimate(
+            mean=probes.mean, stderr=probes.stderr.hypot(shares.mean(0) * stderr), samples=probes.samples
+        )
+
     @property
     def gap(self) -> Estimate:
         """||R||_F / ||G||_F."""

@@ -1,8 +1,8 @@
 """How far the Gauss-Newton matrix G is from the Hessian H: R = H - G in norm, spectrum and along real steps.
 
 All three matrices see the same batch and the same probes. R has products of its own (curvature/residual.py), and
-H = G + R wherever both are there. The ladder along a step separates what the loss's higher orders cost from what
-linearising the network costs.
+H = G + R wherever both are there. Traces of G come from layer kernels, and steady those of H and R. The ladder along a
+step separates what the loss's higher orders cost from what linearising the network costs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from hessprobe.optimization.conjugate_gradient import Solution, conjugate_gradie
 from hessprobe.optimization.model_ladder import model_ladder
 from hessprobe.probes.gn_hessian_rows import ladder_rows, node_rows, norm_rows, spectrum_rows
 from hessprobe.probes.gn_hessian_table import DIRECTIONS, LADDER_DIRECTIONS, MATRICES, gn_hessian_table
+from hessprobe.probes.gn_hessian_traces import COST, ROUNDS, KernelTraces, TraceKernels
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import GNHessianRecipe
@@ -42,6 +43,7 @@ class GNHessianProbe(Probe):
         self.every = recipe.every
         self.sequences = recipe.sequences
         self._memory = (recipe.memory_mib or 0) * 2**20 or DEFAULT_MEMORY
+        self._traces = TraceKernels(self._memory)
         self._compared = False  # whether products from graphs are known to be right for this model
 
     def table(self, partition: Partition) -> Table:
@@ -51,7 +53,11 @@ class GNHessianProbe(Probe):
         objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.batches
         gauss_newton, hessian, residual = self._operators(snapshot)
         loss, gradient = objective.gradient(batches, partition, snapshot.named_parameters)
-        norms, symmetry_gap = self._norms(snapshot, gauss_newton, residual)
+        sequences = sum(objective.sequence_shape(batch)[0] for batch in batches)
+        known = None
+        if self._knows_traces(sequences):
+            known = self._traces.measure(snapshot, snapshot.generator(f"{self.name}/traces"))
+        norms, symmetry_gap = self._norms(snapshot, gauss_newton, residual, known)
         operators: Operators = dict(zip(MATRICES, (gauss_newton, hessian, residual), strict=True))
         densities = self._densities(snapshot, operators)
         self._compared = hessian.from_graphs and residual.from_graphs
@@ -72,19 +78,23 @@ class GNHessianProbe(Probe):
             "gauss_newton_step_iterations": step.iterations,
             "loss": loss,
             "tokens": objective.tokens(batches),
-            "sequences": sum(objective.sequence_shape(batch)[0] for batch in batches),
+            "sequences": sequences,
             "damping": 0.0,  # of G and H themselves; the Gauss-Newton step has its own, an attribute of the table
             "symmetry_gap": symmetry_gap,
-            "gradient_equivalents": self.cost(partition, step),
+            "trace_rounds": 0 if known is None else ROUNDS,
+            "gradient_equivalents": self.cost(partition, step, 0.0 if known is None else known.gradients),
         }
 
-    def cost(self, partition: Partition, step: Solution | None = None) -> float:
+    def cost(self, partition: Partition, step: Solution | None = None, traces: float | None = None) -> float:
         """Returns what one row costs, in gradients of the probe's batch, where the graphs of products can be kept.
 
         Args:
             step: the row's Gauss-Newton step; default: one that takes all its iterations.
+            traces: what the layer kernels took; default: every parameter has a fast path there.
         """
         recipe, layers = self.recipe, len(partition)
+        if traces is None:
+            traces = COST if self._knows_traces(self.sequences) else 0.0
         g, h = 4 / 3, 2.0  # a product of G; one of H, or of R
         share = (
             1 + 1 / layers
@@ -95,7 +105,7 @@ class GNHessianProbe(Probe):
         densities = krylov * (1 + share * len(set(recipe.density_blocks))) * (g + 2 * h)
         solve = g * (1 + (recipe.cg_iterations if step is None else step.iterations))
         along = len(DIRECTIONS) * (1 + h) + len(LADDER_DIRECTIONS) * len(recipe.alphas) / 3
-        return 1 + graphs + norms + densities + solve + along
+        return 1 + graphs + traces + norms + densities + solve + along
 
     def vectors(self, partition: Partition) -> float:
         recipe, together = self.recipe, self._starts_at_once(partition.size)
@@ -105,6 +115,10 @@ class GNHessianProbe(Probe):
 
     def _starts_at_once(self, size: int) -> int:
         return starts_at_once(self.recipe.lanczos_probes, self.recipe.lanczos_steps, 4 * size, self._memory)
+
+    def _knows_traces(self, sequences: int) -> bool:
+        """Whether kernels of so many sequences know tr G better than the probes do: ROUNDS sketches of each, at least."""
+        return sequences >= self.recipe.samples
 
     def _operators(self, snapshot: Snapshot) -> tuple[GaussNewton, Hessian, Residual]:
         """Returns the three matrices, each with the graph it takes its many products from."""
@@ -118,7 +132,11 @@ class GNHessianProbe(Probe):
         )
 
     def _norms(
-        self, snapshot: Snapshot, gauss_newton: GaussNewton, residual: Residual
+        self,
+        snapshot: Snapshot,
+        gauss_newton: GaussNewton,
+        residual: Residual,
+        known: KernelTraces | None,
     ) -> tuple[dict[str, Tensor], float]:
         """Returns norms, traces and their ratios of the whole matrices and of every diagonal block."""
         generator = snapshot.generator(self.name)
@@ -129,9 +147,12 @@ class GNHessianProbe(Probe):
             )
 
         whole = shared(self.recipe.samples)
-        blocks = [norm_rows(shared(self.recipe.block_samples, b)) for b in snapshot.partition.blocks]
+        blocks = [
+            norm_rows(shared(self.recipe.block_samples, block), known and known.of_block(i))
+            for i, block in enumerate(snapshot.partition.blocks)
+        ]
         each = {f"block_{name}": torch.stack([block[name] for block in blocks], -1) for name in blocks[0]}
-        return {**norm_rows(whole), **each}, whole.symmetry_gap
+        return {**norm_rows(whole, known and known.whole), **each}, whole.symmetry_gap
 
     def _densities(
         self, snapshot: Snapshot, operators: Operators, block: str | None = None

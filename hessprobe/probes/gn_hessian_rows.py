@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hessprobe.estimation.density import SpectralDensity
+from hessprobe.estimation.sampling import Estimate
 from hessprobe.estimation.shared_probes import SharedProbes
 from hessprobe.optimization.model_ladder import Ladder
 
@@ -30,10 +31,11 @@ def ladder_rows(ladder: Ladder, residual_curvature: Tensor) -> dict[str, Tensor]
     }
 
 
-def norm_rows(probes: SharedProbes) -> dict[str, Tensor]:
+def norm_rows(probes: SharedProbes, known: Estimate | None = None) -> dict[str, Tensor]:
+    """Returns norms, traces and ratios of G, H and R; traces from tr G where that is known better from elsewhere."""
     quantities = {
         "fro2": probes.norms,
-        "trace": probes.traces,
+        "trace": probes.traces if known is None else probes.traces_given(known),
         "gn_gap": probes.gap,
         "cosine": probes.cosine,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hessprobe.errors import unknown_name
+from hessprobe.probes.gn_hessian_traces import ROUNDS
 from hessprobe.recipe import GNHessianRecipe
 from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, declared
 
@@ -65,20 +66,32 @@ def _norms(recipe: GNHessianRecipe):
     )
     probes = f"{recipe.samples} random sign vectors, the same for G, H and H - G (Hutchinson 1989)"
     block_probes = f"{recipe.block_samples} random sign vectors on the block, the same for G, H and H - G"
+    kernels = (
+        f"G: layer kernels of the batch, {ROUNDS} rounds of sign cotangents; H and H - G: {{}}, G's readings as control "
+        "variate; where trace_rounds is 0, the probes alone"
+    )
+    trace, block_trace = (
+        kernels.format(f"the {recipe.samples} probes"),
+        kernels.format(f"the block's {recipe.block_samples} probes"),
+    )
+    trace_spread = (
+        "G: spread over the rounds of each sequence; H and H - G: over probes, with G's in quadrature"
+    )
     spread, left_out = "spread over probes", "jackknife over probes"
     return declared((
         ("fro2", whole, "nats^2", "squared Frobenius norm of the matrix", probes),
         ("fro2_stderr", whole, "nats^2", "standard error of fro2", spread),
-        ("trace", whole, "nats", "trace of the matrix", probes),
-        ("trace_stderr", whole, "nats", "standard error of trace", spread),
+        ("trace", whole, "nats", "trace of the matrix", trace),
+        ("trace_stderr", whole, "nats", "standard error of trace", trace_spread),
         ("gn_gap", row, "1", "||H - G||_F / ||G||_F", left_out),
         ("gn_gap_stderr", row, "1", "standard error of gn_gap", left_out),
         ("cosine", row, "1", "E<Hv,Gv> / sqrt(E|Hv|^2 E|Gv|^2): the matrices' cosine", left_out),
         ("cosine_stderr", row, "1", "standard error of cosine", left_out),
         ("block_fro2", each, "nats^2", "squared Frobenius norm of the matrix's diagonal block", block_probes),
         ("block_fro2_stderr", each, "nats^2", "standard error of block_fro2", spread),
-        ("block_trace", each, "nats", "trace of the matrix's diagonal block", block_probes),
-        ("block_trace_stderr", each, "nats", "standard error of block_trace", spread),
+        ("block_trace", each, "nats", "trace of the matrix's diagonal block", block_trace),
+        ("block_trace_stderr", each, "nats", "standard error of block_trace", trace_spread),
+        ("trace_rounds", row, "rounds", "rounds of layer kernels behind the traces of G; 0: none", "counted"),
         ("block_gn_gap", per_block, "1", "||(H - G)_bb||_F / ||G_bb||_F", left_out),
         ("block_gn_gap_stderr", per_block, "1", "standard error of block_gn_gap", left_out),
         ("block_cosine", per_block, "1", "cosine of the diagonal blocks of H and G", left_out),

@@ -1,11 +1,14 @@
 """What the instruments cost: rows of each probe, in gradients and seconds, and their estimates beside other packages'.
 
-    python tests/benchmarks/instruments.py [--rounds 7] [--threads 1] [--parts ab] [--presets light,standard] [--quick]
+    python tests/benchmarks/instruments.py [--rounds 7] [--threads 1] [--parts ab] [--presets light,standard]
+        [--trained 100] [--quick]
 
 (a) one row of each probe and preset, declared (by operation count) and measured, in gradients of its own batch.
 (b) traces, norms and spectral densities of G and H from as many products on both sides, in one interleaved run:
 curvlinops' GGN (its estimators, its Lanczos, which does not reorthogonalise) and the Hessian by double backward as
-PyHessian takes it (one graph of the gradient, a backward pass through it for each vector).
+PyHessian takes it (one graph of the gradient, a backward pass through it for each vector). At initialisation, on random
+tokens; then traces and the gap again after --trained steps of AdamW on the standard library's source, where instruments
+are for: how much of H is G decides what tr H takes.
 The default decoder (0.23 M parameters, 64-token sequences). --quick checks that it runs; its figures mean nothing.
 """
 
@@ -33,6 +36,7 @@ from hessprobe.estimation.sampling import Estimate, rademacher
 from hessprobe.estimation.shared_probes import shared_probes
 from hessprobe.kernels.verification import verified_plan
 from hessprobe.probes.probe import Snapshot
+from hessprobe.problem.corpus import Corpus
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
@@ -47,14 +51,31 @@ KEEP = 2**30
 class Problem:
     """A decoder, a batch, and its training gradient as the unit of cost."""
 
-    def __init__(self, sequences: int, quick: bool) -> None:
+    def __init__(self, sequences: int, quick: bool, trained: int = 0) -> None:
         config, generator = TINY if quick else SIZES["nano"], torch.Generator().manual_seed(0)
         self.model = Decoder(config, generator=generator)
         shape = (sequences, config.context + 1)
         tokens = torch.randint(0, config.vocabulary, shape, generator=generator)
         self.batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         self.objective, self.partition = Objective(self.model), Partition.of(self.model)
-        self.line = f"{self.partition.size:,} parameters, {sequences} x {config.context} tokens"
+        self.line = f"{self.partition.size:,} parameters, {sequences} x {config.context} tokens, "
+        self.line += f"after {trained} steps" if trained else "at initialisation"
+        if trained:
+            self.train(trained, sequences, config)
+
+    def train(self, steps: int, sequences: int, config: DecoderConfig) -> None:
+        """Trains on the default corpus; the batch is then one of its held-out part."""
+        corpus = Corpus.open("stdlib", context=config.context)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
+        for step in range(steps + 1):
+            stream = "train" if step < steps else "held_out"
+            tokens = corpus.batch(seed=0, step=step, sequences=sequences, stream=stream)
+            self.batch = tuple(x % config.vocabulary for x in tokens)
+            if step < steps:
+                optimizer.zero_grad()
+                self.loss().backward()
+                optimizer.step()
+        optimizer.zero_grad()
 
     def loss(self) -> Tensor:
         return F.cross_entropy(self.model(self.batch[0]).flatten(0, 1), self.batch[1].flatten())
@@ -193,7 +214,7 @@ def estimates(problem: Problem, samples: int, steps: int, starts: int) -> dict[s
 
         return under_math
 
-    def hessian_trace() -> Tensor:
+    def double_backward_trace() -> Tensor:
         doubled = DoubleBackward(problem)
         return torch.stack([v @ (doubled @ v) for v in signs(samples)]).mean()
 
@@ -213,8 +234,17 @@ def estimates(problem: Problem, samples: int, steps: int, starts: int) -> dict[s
     def kernels(rounds: int) -> hp.LayerKernels:
         return hp.layer_kernels(objective, batch, partition, rounds=rounds, generator=generator, plan=plan)
 
-    def kernel_trace() -> Estimate:
-        return Estimate.of(kernels(1).kernel.diagonal(dim1=1, dim2=2).sum(0))
+    def kernel_trace(rounds: int = 2) -> Estimate:
+        found = hp.layer_kernels(
+            objective, batch, partition, rounds=rounds, generator=generator, plan=plan, cotangent="sign"
+        )
+        return found.trace("batch", whole=True)
+
+    def split_trace() -> Estimate:
+        return hp.hessian_trace(
+            hp.GaussNewton(*at), h(), h(Residual), samples,
+            known=lambda: kernel_trace(max(2, samples // 2)), generator=generator,
+        )  # fmt: skip
 
     def norm() -> Estimate:
         return Estimate.of(hp.GaussNewton(*at).apply(signs(samples)).square().sum(1))
@@ -235,7 +265,8 @@ def estimates(problem: Problem, samples: int, steps: int, starts: int) -> dict[s
             lambda: max(fast_lanczos(peer, steps)[0].max() for _ in range(starts))
         ),
         "tr H": lambda: hp.hutchinson_trace(h(), samples, generator=generator),
-        "tr H, PyHessian style": hessian_trace,
+        "tr H, our kernels and residual": split_trace,
+        "tr H, PyHessian style": double_backward_trace,
         "density of H": lambda: top_of(h()),
         "density of H, PyHessian style": hessian_density,
         "gap of G and H": lambda: shared_probes(g(), h(Residual), samples, generator=generator).gap,
@@ -243,11 +274,14 @@ def estimates(problem: Problem, samples: int, steps: int, starts: int) -> dict[s
     }
 
 
-def beside_others(rounds: int, quick: bool) -> None:
+def beside_others(rounds: int, quick: bool, trained: int) -> None:
     """(b): cost and error of the same estimates, ours and theirs."""
     samples, steps, starts = (2, 2, 1) if quick else (8, 10, 2)
-    problem = Problem(2 if quick else 32, quick)
-    found = interleaved(estimates(problem, samples, steps, starts), rounds)
+    problem = Problem(2 if quick else 32, quick, trained)
+    calls = estimates(problem, samples, steps, starts)
+    if trained:
+        calls = {name: call for name, call in calls.items() if name.startswith(("gradient", "tr ", "gap "))}
+    found = interleaved(calls, rounds)
     unit = found["gradient"].median
     print(
         f"\n(b) {problem.line}; {samples} probes; densities of {starts} x {steps} Lanczos steps; {rounds} rounds"
@@ -266,7 +300,7 @@ def beside_others(rounds: int, quick: bool) -> None:
             ours, law = cost, math.nan
         if squares:
             relative = statistics.mean(squares) ** 0.5 / abs(float(values.mean()))
-            law = relative if "," not in name else law
+            law = relative if "kernels" not in name else law
         elif "kernels" in name:
             relative = float(values.std() / values.mean()) if rounds > 1 else math.nan
         else:  # the same number of the same signs as ours: one law, and ours are known from all rounds
@@ -291,6 +325,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--parts", default="ab")
     parser.add_argument("--presets", default="light", help=f"of {', '.join(PRESETS)}")
+    parser.add_argument("--trained", type=int, default=100, help="steps before (b) is done again; 0: not")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     presets = options.presets.split(",")
@@ -303,7 +338,8 @@ def main() -> None:
     if "a" in options.parts:
         rows(presets, rounds, options.quick)
     if "b" in options.parts:
-        beside_others(rounds, options.quick)
+        for trained in dict.fromkeys((0, min(options.trained, 3) if options.quick else options.trained)):
+            beside_others(rounds, options.quick, trained)
 
 
 if __name__ == "__main__":

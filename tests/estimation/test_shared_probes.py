@@ -77,6 +77,78 @@ def test_its_error_covers_the_truth_as_often_as_it_says(quantity, block):
     assert float((within.double().mean(0) - 0.95).abs().max()) < 0.04 + 4 * (0.95 * 0.05 / SEEDS) ** 0.5
 
 
+# -- where tr G is known from elsewhere --------------------------------------------------------------------
+
+
+@cache
+def steadied(block: str | None, samples: int, error: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns means and errors of traces from a tr G known with an error of its own, and the probes' own means."""
+    found, plain = [], []
+    for seed in range(2 * SEEDS):
+        probes, generator = measured(seed, block, samples), torch.Generator().manual_seed(10**6 + seed)
+        slip = error * torch.randn((), generator=generator, dtype=torch.float64)
+        known = Estimate(
+            mean=truth(block)["traces"][0] + slip, stderr=torch.tensor(error).double(), samples=9
+        )
+        found.append(probes.traces_given(known))
+        plain.append(probes.traces.mean)
+    means, stderrs = torch.stack([e.mean for e in found]), torch.stack([e.stderr for e in found])
+    return means, stderrs, torch.stack(plain)
+
+
+@pytest.mark.parametrize("samples", [2, 6, SAMPLES])
+@pytest.mark.parametrize("block", [None, "block.0"])
+def test_steadied_traces_are_centred_and_their_errors_honest(block, samples):
+    means, stderrs, _ = steadied(block, samples)
+    seeds, wanted = len(means), truth(block)["traces"]
+    assert bool(((means.mean(0) - wanted).abs() < 3.5 * means.std(0) / seeds**0.5).all())
+    # Two samples' errors vary by as much as they are: their mean square is what can be known.
+    ratio = stderrs.square().mean(0) / means.var(0)
+    tolerance = 4 * (2 / seeds) ** 0.5 * (1.5 if samples == 2 else 1)
+    assert float((ratio - 1).abs().max()) < tolerance
+    within = (means - wanted).abs() <= float(stats.t.ppf(0.975, samples - 1)) * stderrs
+    covered = within.double().mean(0)
+    # tr G's error is sure, and Student's quantile too wide for it; H's and R's come from the probes.
+    assert float(covered[0]) > 0.95
+    assert float((covered[1:] - 0.95).min()) > -4 * (0.95 * 0.05 / seeds) ** 0.5
+
+
+def test_steadied_traces_are_as_noisy_as_what_is_orthogonal_to_g():
+    means, _, plain = steadied(None, SAMPLES)
+    g, r = (a - a.diagonal().diag() for a in pair())
+    left = r - (r * g).sum() / g.square().sum() * g
+    wanted = 2 * float(left.square().sum()) / SAMPLES + 0.4**2
+    assert float(means[:, 1].var()) == pytest.approx(wanted, rel=4 * (1 / SEEDS) ** 0.5)
+    assert float(means[:, 1].var() / plain[:, 1].var()) < 0.35
+    # R's own probes were as good before, and no worse now.
+    assert float(means[:, 2].var() / plain[:, 2].var()) < 1.1
+
+
+def test_a_residual_against_g_does_not_make_the_hessians_trace_noisier():
+    """Near initialisation R is larger than H: tr G + tr R would be noisier than the probes of H alone."""
+    g, r = pair()
+    operators = DenseOperator(g), DenseOperator(r - 0.9 * g)
+    known = Estimate(mean=g.trace(), stderr=torch.zeros((), dtype=torch.float64), samples=9)
+    found = [shared_probes(*operators, 6, generator=torch.Generator().manual_seed(i)) for i in range(SEEDS)]
+    steady = torch.stack([probes.traces_given(known).mean[1] for probes in found]).var()
+    plain, split = (
+        torch.stack([probes.traces.mean[i] + shift for probes in found]).var()
+        for i, shift in ((1, 0.0), (2, known.mean))
+    )
+    assert float(steady) < 1.1 * float(plain) < 0.5 * float(split)
+
+
+def test_where_there_is_no_g_the_traces_are_the_probes_own():
+    nothing, r = DenseOperator(torch.zeros(40, 40, dtype=torch.float64)), DenseOperator(pair()[1])
+    probes = shared_probes(nothing, r, 4, generator=torch.Generator().manual_seed(0))
+    known = Estimate(mean=torch.zeros(()).double(), stderr=torch.zeros(()).double(), samples=9)
+    torch.testing.assert_close(probes.traces_given(known).mean, probes.traces.mean)
+    torch.testing.assert_close(probes.traces_given(known).stderr, probes.traces.stderr)
+
+
+# -- the probes themselves ---------------------------------------------------------------------------------
+
+
 def test_every_probe_sees_all_three_matrices():
     found = measured(3)
     g, r = pair()

@@ -92,7 +92,7 @@ def gn_hessian_row(
         "lambda_min_residual": np.full(3, 1e-3), "ritz_value": value, "ritz_weight": weight,
         "ritz_residual": np.zeros_like(weight), "direction_norm": norms, "direction_slope": slope,
         "direction_curvature": along, "gauss_newton_step_residual": 0.009, "gauss_newton_step_iterations": 15.0,
-        "loss": 5.5 - 2 * time, "tokens": 2048.0, "sequences": 32.0, "damping": 0.0, "symmetry_gap": 3e-7,
+        "loss": 5.5 - 2 * time, "tokens": 2048.0, "sequences": 32.0, "damping": 0.0, "symmetry_gap": 3e-7, "trace_rounds": 4,
         "seconds": 12.0 + rng.random(), "gradient_equivalents": 264.0, "peak_memory": 6.5e8,
     }  # fmt: skip
     if density_blocks:
