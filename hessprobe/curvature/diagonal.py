@@ -42,15 +42,18 @@ def sampled_diagonal(
     with measuring(objective.model, forward_mode=False):
         leaves = objective.leaves(partition, parameters)
 
-        def squared(batch: Batch) -> Tensor:
+        def drawn(batch: Batch) -> Tensor:
             z = objective.outputs(batch, leaves)
             cotangent = _drawn(loss, z.detach(), generator)
             cotangent *= loss.valid(objective.targets(batch))[:, None]
-            return pull_back(z, leaves, partition.names, cotangent).square_()
+            return pull_back(z, leaves, partition.names, cotangent)
 
         for batch in listed:
-            one = with_parameters(objective.model, leaves, lambda batch=batch: squared(batch))
-            found = one if found.dim() == 0 else found.add_(one)
+            sums = torch.zeros(())
+            for piece in objective.pieces(batch):
+                one = with_parameters(objective.model, leaves, lambda piece=piece: drawn(piece))
+                sums = one if sums.dim() == 0 else sums.add_(one)
+            found = sums.square_() if found.dim() == 0 else found.add_(sums.square_())
     return found / objective.tokens(listed)
 
 

@@ -107,7 +107,12 @@ class FirstOrderOptimizer:
 
         Raises:
             UserError: no minibatch.
+            PeerFailed, ProcessLost: of several processes another one failed, or died (see Processes.together).
         """
+        with self.objective.processes.together():
+            return self._step(batches)
+
+    def _step(self, batches: list[Batch]) -> StepReport:
         if not batches:
             raise UserError("an optimizer step needs at least one minibatch")
         before = self.partition.vector(self.objective.model)

@@ -137,11 +137,19 @@ class GaussNewton:
             and `outcome` says so.
 
         Cost: in gradients, 5/3 (full) or (K + 6) / 3 (K groups) an inner step, (grid + 1) / 3 + 1 a line-search
-        minibatch. Memory: twice to three times a gradient's on one minibatch, more for groups (see LocalModels).
+        minibatch. Memory: twice to three times a gradient's on the sequences that go through the model at once (see
+        Objective.pieces), more for groups (see LocalModels).
 
         Raises:
             UserError: no minibatch, or none with a target.
+            PeerFailed, ProcessLost: of several processes another one failed, or died (see Processes.together).
         """
+        with self.objective.processes.together():
+            return self._step(batches, line_search_batches)
+
+    def _step(
+        self, batches: Batch | list[Batch], line_search_batches: Batch | list[Batch] | None
+    ) -> StepReport:
         listed = self._listed(batches)
         judged = listed if line_search_batches is None else self._listed(line_search_batches)
         theta = self.partition.vector(self.objective.model)

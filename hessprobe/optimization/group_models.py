@@ -1,26 +1,28 @@
 """The models of the loss of several groups of blocks at one theta, each with the other groups still: layerwise and full.
 
-J^T w is linear in w, so its own reverse pass along v gives J v ("double backward"). That graph and the forward pass are
-made once for all groups, and a group's part of them reaches from the outputs down to its own first layer.
+A minibatch is worked on in pieces, of which every process has its share; values and gradients are added up over both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from hessprobe.curvature.linearisation import Linearisation, NotLinearisable
 from hessprobe.errors import UserError
 from hessprobe.optimization.local_model import (
     LocalGradient,
     Names,
     Tensors,
+    added,
     damped,
     expansion,
     local_gradient,
 )
-from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
+from hessprobe.problem.memory import is_out_of_memory
+from hessprobe.problem.objective import Batch, Objective, measuring
 
 
 class LocalModels:
@@ -29,7 +31,8 @@ class LocalModels:
     Two engines. "forward-mode": a dual-number pass and a reverse pass for each group, 5/3 gradients for one group of
     everything. "shared": one linearisation for all groups, with the graph of w -> J^T w, from which each group takes
     its tangents and its gradient, from its first layer upward alone: (K + 6) / 3 gradients for K groups of equal work,
-    where K dual passes take 5 (K + 1) / 6 and less memory. One that the model forbids is dropped for good.
+    where K dual passes take 5 (K + 1) / 6 and less memory. One that the model forbids is dropped for good, by each
+    process for itself.
 
     Args:
         objective: model and loss.
@@ -47,7 +50,8 @@ class LocalModels:
         self.damping = damping
         self._best_first = ("forward-mode", "shared") if len(self.groups) == 1 else ("shared", "forward-mode")
         self._engines = self._best_first
-        self._trusted = False
+        self._checked = False
+        self._usual_layers = False  # whether the model's layers must stay as they are for a linearisation
 
     @property
     def engine(self) -> str:
@@ -72,12 +76,29 @@ class LocalModels:
             delta: displacement by name; a group reads its own entries alone.
 
         Raises:
-            UserError: an unknown model of the loss, or a network that no engine can differentiate.
+            UserError: an unknown model of the loss, a minibatch without a target, or a network that no engine can
+                differentiate.
         """
+        pieces, tokens = self.objective.own_pieces(batch), self.objective.tokens(batch)
+        # Nothing in it waits for another process: which engine is tried is each one's own business.
+        own = self._by_an_engine(pieces, tokens, theta, delta)
+        whole = self._total(own) if self.objective.processes.count > 1 else own
+        return [damped(one, delta, self.damping) for one in whole]
+
+    def _by_an_engine(
+        self, pieces: Sequence[Batch], tokens: int, theta: Tensors, delta: Tensors
+    ) -> list[LocalGradient]:
+        """Returns the pieces' share of every group's model, by the first engine that the network takes."""
         refusals: list[Exception] = []
         for engine in self._engines:
+            one = self._by_forward_mode if engine == "forward-mode" else self._by_linearisation
             try:
-                found = self._by(engine, batch, theta, delta)
+                if len(pieces) == 1:
+                    found = one(pieces[0], tokens, theta, delta)
+                else:
+                    found = [_nothing(theta, names) for names in self.groups]
+                    for piece in pieces:
+                        found = list(map(added, found, one(piece, tokens, theta, delta)))
             except (RuntimeError, NotImplementedError, UserError) as refusal:
                 refusals.append(refusal)
             else:
@@ -85,16 +106,62 @@ class LocalModels:
                 return found
         raise next((e for e in refusals if isinstance(e, UserError)), refusals[0])
 
-    def _by(self, engine: str, batch: Batch, theta: Tensors, delta: Tensors) -> list[LocalGradient]:
-        options = {"model": self.model, "damping": self.damping}
-        if engine == "forward-mode":
-            return [local_gradient(self.objective, batch, theta, delta, g, **options) for g in self.groups]
-        found = shared_gradients(
-            self.objective, batch, theta, delta, self.groups, check=not self._trusted, **options
-        )
-        # A displacement of zero has a tangent of zero, whatever the derivatives are worth.
-        self._trusted = self._trusted or all(any(bool(delta[n].any()) for n in g) for g in self.groups)
+    def _by_forward_mode(
+        self, batch: Batch, tokens: int, theta: Tensors, delta: Tensors
+    ) -> list[LocalGradient]:
+        return [
+            local_gradient(self.objective, batch, theta, delta, names, model=self.model, tokens=tokens)
+            for names in self.groups
+        ]
+
+    def _by_linearisation(
+        self, batch: Batch, tokens: int, theta: Tensors, delta: Tensors
+    ) -> list[LocalGradient]:
+        """Costs 1 gradient, and for each group 2/3 of the layers from its first one upward."""
+        try:
+            return self._linearised(batch, tokens, theta, delta)
+        except (RuntimeError, NotImplementedError) as refusal:
+            if is_out_of_memory(refusal) or self._usual_layers:
+                raise
+            self._usual_layers = True
+        try:
+            return self._linearised(batch, tokens, theta, delta)
+        except NotLinearisable as refusal:
+            raise UserError(
+                f"{type(self.objective.model).__name__} has no second derivatives where Gauss-Newton needs them "
+                f"({refusal}), and no forward mode: a custom function or kernel whose backward pass cannot be "
+                "differentiated. Train with the plain implementation of that layer"
+            ) from refusal
+
+    def _linearised(self, batch: Batch, tokens: int, theta: Tensors, delta: Tensors) -> list[LocalGradient]:
+        objective, found = self.objective, []
+        leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
+        with measuring(objective.model):
+            z_and_j = Linearisation(objective, batch, leaves, usual_layers=self._usual_layers)
+            if not self._checked:
+                z_and_j.check(self.groups)
+                self._checked = True
+            targets = objective.targets(batch)
+            model_at = expansion(objective.loss_function, z_and_j.outputs, targets, self.model)
+            for names in self.groups:
+                value, cotangent = model_at(z_and_j.tangent(delta, names))
+                gradient = z_and_j.pull_back(cotangent / tokens, names)
+                found.append(LocalGradient(value=float(value) / tokens, gradient=gradient))
         return found
+
+    def _total(self, own: Sequence[LocalGradient]) -> list[LocalGradient]:
+        """Returns the sums over processes, all of them in one collective."""
+        tensors = [gradient for one in own for gradient in one.gradient.values()]
+        values = torch.tensor([one.value for one in own], dtype=tensors[0].dtype, device=tensors[0].device)
+        (flat,) = self.objective.processes.total(torch.cat([values, *(x.reshape(-1) for x in tensors)]))
+        parts = iter(flat.split([len(own), *(x.numel() for x in tensors)]))
+        sums = next(parts).tolist()
+        return [
+            LocalGradient(
+                value=value, gradient={n: next(parts).view_as(x).to(x) for n, x in one.gradient.items()}
+            )
+            for value, one in zip(sums, own, strict=True)
+        ]
 
 
 def product_cost(groups: int) -> float:
@@ -105,83 +172,7 @@ def product_cost(groups: int) -> float:
     return 5 / 6 * (1 + 1 / groups)
 
 
-def shared_gradients(
-    objective: Objective,
-    batch: Batch,
-    theta: Tensors,
-    delta: Tensors,
-    groups: Sequence[Names],
-    *,
-    model: str,
-    damping: float = 0.0,
-    check: bool = True,
-) -> list[LocalGradient]:
-    """Returns what `local_gradient` returns for each group, from one forward pass for all.
-
-    Args:
-        check: compare <c, J delta> with <J^T c, delta> for every group: a function whose backward pass cannot be
-            differentiated drops out of the first without an error.
-
-    Cost: 1 gradient, and for each group 2/3 of the layers from its first one upward.
-
-    Raises:
-        UserError: what `check` finds.
-    """
-    loss, targets, tokens = objective.loss_function, objective.targets(batch), objective.tokens(batch)
-    leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
-
-    def all_groups() -> list[LocalGradient]:
-        z = objective.outputs(batch, leaves)
-        model_at = expansion(loss, z.detach(), targets, model)
-        w = torch.zeros_like(z, requires_grad=True)
-        pulled: dict[str, Tensor | None] = dict.fromkeys(leaves)
-        if z.requires_grad:
-            own = [name for names in groups for name in names]
-            grads = torch.autograd.grad(z, [leaves[n] for n in own], w, create_graph=True, allow_unused=True)
-            pulled.update(zip(own, grads, strict=True))
-            del grads
-        found = []
-        for names in groups:
-            live = [(g, delta[n]) for n in names if (g := pulled.pop(n)) is not None and g.requires_grad]
-            jd = None
-            if live:
-                firsts, along = zip(*live, strict=True)
-                (jd,) = torch.autograd.grad(firsts, w, along, retain_graph=True, allow_unused=True)
-            jd = torch.zeros_like(w) if jd is None else jd.detach()
-            value, cotangent = model_at(jd)
-            cotangent = cotangent / tokens
-            gradient = _pulled_back(z, {n: leaves[n] for n in names}, cotangent)
-            if check:
-                _check_adjoint(objective, cotangent, jd, gradient, delta)
-            found.append(damped(float(value) / tokens, gradient, delta, damping))
-        return found
-
-    with measuring(objective.model):
-        return with_parameters(objective.model, leaves, all_groups)
-
-
-def _pulled_back(z: Tensor, leaves: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
-    """Returns J^T cotangent by name, keeping the graph; zeros where the outputs do not depend on a leaf."""
-    grads: Sequence[Tensor | None] = [None] * len(leaves)
-    if z.requires_grad:
-        inputs = list(leaves.values())
-        grads = torch.autograd.grad(z, inputs, cotangent, retain_graph=True, allow_unused=True)
-    return {
-        n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), grads, strict=True)
-    }
-
-
-def _check_adjoint(
-    objective: Objective, cotangent: Tensor, jd: Tensor, gradient: Tensors, delta: Tensors
-) -> None:
-    """Raises where J delta (second derivatives) and J^T c (first ones) are not of one J."""
-    forward, size = (cotangent * jd).sum(), cotangent.norm() * jd.norm()
-    back = torch.stack([(g * delta[n]).sum() for n, g in gradient.items()]).sum()
-    norms = [torch.stack([x[n].norm() for n in gradient]).norm() for x in (gradient, delta)]
-    gap = (forward - back).abs() / (size + norms[0] * norms[1]).clamp_min(torch.finfo(jd.dtype).tiny)
-    if gap > torch.finfo(jd.dtype).eps ** 0.4:
-        raise UserError(
-            f"{type(objective.model).__name__} has no second derivatives where Gauss-Newton needs them (J and J^T differ "
-            f"by {float(gap):.1e}), and no forward mode: a custom function or kernel whose backward pass cannot be "
-            "differentiated. Train with the plain implementation of that layer"
-        )
+def _nothing(theta: Tensors, names: Names) -> LocalGradient:
+    """Returns an empty sum."""
+    gradient: dict[str, Tensor] = {name: torch.zeros_like(theta[name]) for name in names}
+    return LocalGradient(value=0.0, gradient=gradient)

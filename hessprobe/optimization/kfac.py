@@ -87,11 +87,12 @@ class KFAC:
         """
         from hessprobe.curvature.kronecker import kronecker_factors  # curvlinops: only who asks for it pays
 
+        pieces = [piece for batch in batches for piece in self.objective.pieces(batch)]
         factors = kronecker_factors(
-            self.objective, batches, self.partition, kind=self.kind, generator=generator
+            self.objective, pieces, self.partition, kind=self.kind, generator=generator
         )
         self._take(factors)
-        return factors.gradient_equivalents
+        return factors.gradient_equivalents * len(batches) / len(pieces)
 
     def _take(self, factors: KroneckerFactors) -> None:
         self.factors = factors

@@ -25,7 +25,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LocalGradient:
-    """The value of a model of the loss at delta (nats per token) and its gradient by parameter name."""
+    """The value of a model of the loss at delta (nats per token) and its gradient by parameter name; or a share of both."""
 
     value: float
     gradient: dict[str, Tensor]
@@ -56,21 +56,22 @@ def local_gradient(
     names: Names,
     *,
     model: str,
-    damping: float = 0.0,
+    tokens: int,
 ) -> LocalGradient:
-    """Returns one group's model and its gradient on one minibatch, by one dual-number and one reverse pass.
+    """Returns a batch's share of one group's model and its gradient, by one dual-number and one reverse pass.
 
     Args:
         theta, delta: see LocalModels.gradients.
         names: the group's parameters. No tangent is computed below them and no gradient outside.
+        tokens: those of the minibatch that the batch is a piece of.
 
     Cost: 5/3 gradients for all parameters, and for fewer 1/3 and 4/3 of the layers from their first one upward.
     """
-    loss, targets, tokens = objective.loss_function, objective.targets(batch), objective.tokens(batch)
+    targets = objective.targets(batch)
     with measuring(objective.model):
         z, jd, pull_back = dual_pass(objective, batch, theta, delta, names, names)
-        value, cotangent = expansion(loss, z, targets, model)(jd)
-        return damped(float(value) / tokens, pull_back(cotangent / tokens), delta, damping)
+        value, cotangent = expansion(objective.loss_function, z, targets, model)(jd)
+        return LocalGradient(value=float(value) / tokens, gradient=pull_back(cotangent / tokens))
 
 
 def predicted_decrease(
@@ -79,19 +80,25 @@ def predicted_decrease(
     """Returns model(0) - model(delta), undamped, in nats per token over the batches. Cost: 1 gradient (a dual pass)."""
     total = 0.0
     with measuring(objective.model):
-        for own in objective.share(batches):
-            z, (jd,) = linearised(objective, own.batch, theta, delta, [tuple(theta)])
-            targets = objective.targets(own.batch)
+        for piece in objective.own_pieces(batches):
+            z, (jd,) = linearised(objective, piece, theta, delta, [tuple(theta)])
+            targets = objective.targets(piece)
             start = objective.loss_function.value(z, targets)
             total += float(start - expansion(objective.loss_function, z, targets, model)(jd)[0])
     (whole,) = objective.processes.total(torch.tensor(total, dtype=torch.float64))
     return float(whole) / objective.tokens(batches)
 
 
-def damped(value: float, gradient: dict[str, Tensor], delta: Tensors, damping: float) -> LocalGradient:
+def added(one: LocalGradient, other: LocalGradient) -> LocalGradient:
+    """Returns the sum of two shares; the first's gradient is overwritten."""
+    gradient = {name: g.add_(other.gradient[name]) for name, g in one.gradient.items()}
+    return LocalGradient(value=one.value + other.value, gradient=gradient)
+
+
+def damped(one: LocalGradient, delta: Tensors, damping: float) -> LocalGradient:
     """Adds mu |delta|^2 / 2 and mu delta, of the gradient's own entries."""
-    if damping:
-        squares = torch.stack([delta[name].square().sum() for name in gradient])
-        value += 0.5 * damping * float(squares.sum())
-        gradient = {name: g + damping * delta[name] for name, g in gradient.items()}
-    return LocalGradient(value=value, gradient=gradient)
+    if not damping:
+        return one
+    squares = torch.stack([delta[name].square().sum() for name in one.gradient])
+    gradient = {name: g + damping * delta[name] for name, g in one.gradient.items()}
+    return LocalGradient(value=one.value + 0.5 * damping * float(squares.sum()), gradient=gradient)

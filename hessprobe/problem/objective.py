@@ -17,13 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessprobe.errors import UserError
 from hessprobe.problem.activations import closed_form_activations
-from hessprobe.problem.batches import Batch, default_forward, default_targets, is_tensor_list, pieces_of
+from hessprobe.problem.batches import Batch, cut, default_forward, default_targets, is_tensor_list, pieces_of
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.partition import Partition, unwrapped
 from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.problem.shares import Share, share_of
 
 Result = TypeVar("Result")
+# Positions (tokens) that go through the model at once. They fill any device, and a longer batch is done in pieces, since
+# memory grows with them: a decoder's logits alone take 1 GiB in float32 at a vocabulary of 32,000.
+POSITIONS_AT_ONCE = 8192
 
 
 class Objective:
@@ -100,24 +103,35 @@ class Objective:
     def sequence_shape(self, batch: Batch) -> tuple[int, int]:
         """Returns (b, t): the batch's sequences, the first dimension of its targets, and positions of each."""
         count = self._targets(batch).shape[0]
-        return count, self.targets(batch).shape[0] // count
+        return count, self.targets(batch).shape[0] // max(1, count)
 
     def split(self, batch: Batch, pieces: int) -> list[Batch]:
         """Returns the batch as that many batches of its sequences (fewer where it holds fewer), or whole.
 
         It stays whole where nothing says how to cut it (`forward` or `targets` given, entries of other lengths) and
-        where sequences of one batch see each other: a model's outputs on halves are compared once with the whole's.
-        Cost: two forward passes, once.
+        where sequences of one batch see each other: a model's outputs on pieces are compared once with the whole's, of
+        as many sequences as go through it at once. Cost: two forward passes, once.
         """
         found = [batch] if pieces < 2 or self._splits is False else pieces_of(batch, pieces)
         if len(found) > 1 and self._splits is None:
+            count, positions = self.sequence_shape(batch)
+            some = cut(batch, 0, max(2, sequences_at_once(count, positions)), count)
+            parts = pieces_of(some, pieces)
             with measuring(self.model, forward_mode=False), torch.no_grad():
-                whole, joined = self.outputs(batch), torch.cat([self.outputs(part) for part in found])
+                whole, joined = self.outputs(some), torch.cat([self.outputs(part) for part in parts])
             if not bool(whole.any()) and not bool(joined.any()):
                 return found  # a head that starts at zero: equal, and still undecided
             gap = (whole - joined).norm() / whole.norm()
             self._splits = bool(gap <= torch.finfo(whole.dtype).eps ** 0.6)  # rounding's, not another model's
         return found if self._splits or len(found) == 1 else [batch]
+
+    def pieces(self, batch: Batch) -> list[Batch]:
+        """Returns a batch as ones that go through the model at once: of at most POSITIONS_AT_ONCE, or a single sequence.
+
+        It stays whole where it cannot be cut (see `split`). A piece may hold no target.
+        """
+        count, positions = self.sequence_shape(batch)
+        return self.split(batch, -(-count // sequences_at_once(count, positions)))
 
     def share(self, batches: Batch | list[Batch]) -> list[Share]:
         """Returns what this process runs of micro-batches that all processes know: all of it where it is alone.
@@ -126,6 +140,10 @@ class Objective:
         cut (see `split`) belongs whole to the process of its first sequence. Cost: see `split`, on two sequences, once.
         """
         return share_of(self, self.micro_batches(batches))
+
+    def own_pieces(self, batches: Batch | list[Batch]) -> list[Batch]:
+        """Returns this process's `share` of micro-batches in `pieces`; none where it has no share."""
+        return [piece for own in self.share(batches) for piece in self.pieces(own.batch)]
 
     def outputs(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Returns the outputs (n, c) of a batch's tokens at the given parameters (default: the model's own).
@@ -152,8 +170,8 @@ class Objective:
         """
         listed = self.micro_batches(batches)
         values = [
-            self.loss_function.value(self.outputs(own.batch, parameters), self.targets(own.batch))
-            for own in self.share(listed)
+            self.loss_function.value(self.outputs(piece, parameters), self.targets(piece))
+            for piece in self.own_pieces(listed)
         ]
         if self.processes.count == 1:
             return torch.stack(values).sum() / self.tokens(listed)
@@ -175,7 +193,7 @@ class Objective:
             loss = leaves[partition.names[0]].new_zeros(())
             gradient = None
 
-            def share(batch: Batch) -> tuple[Tensor, Tensor]:
+            def summed(batch: Batch) -> tuple[Tensor, Tensor]:
                 z, y = self.outputs(batch, leaves), self.targets(batch)
                 fixed = z.detach()
                 part = self.loss_function.value(fixed, y).detach() / tokens
@@ -183,8 +201,8 @@ class Objective:
                     z, leaves, partition.names, self.loss_function.gradient(fixed, y) / tokens
                 )
 
-            for own in self.share(listed):
-                part, pulled = with_parameters(self.model, leaves, lambda own=own: share(own.batch))
+            for piece in self.own_pieces(listed):
+                part, pulled = with_parameters(self.model, leaves, lambda piece=piece: summed(piece))
                 loss = loss + part
                 gradient = pulled if gradient is None else gradient.add_(pulled)
             if gradient is None:  # fewer sequences than processes
@@ -202,6 +220,12 @@ class Objective:
         source = parameters if parameters is not None else dict(self.model.named_parameters())
         wanted = set(partition.names if names is None else names)
         return {name: source[name].detach().requires_grad_(name in wanted) for name in partition.names}
+
+
+def sequences_at_once(count: int, positions: int) -> int:
+    """Returns how many of `count` sequences of so many positions each go through the model together: even pieces."""
+    most = max(1, POSITIONS_AT_ONCE // max(1, positions))
+    return -(-count // -(-count // most)) if count else 1
 
 
 def pull_back(

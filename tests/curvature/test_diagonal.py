@@ -10,6 +10,7 @@ from torch import nn
 
 from hessprobe.curvature.diagonal import sampled_diagonal
 from hessprobe.errors import UserError
+from hessprobe.problem import objective as objectives
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
@@ -55,6 +56,17 @@ def test_a_draw_is_a_function_of_generator_and_parameters():
     )
     partition.assign(objective.model, theta + 0.1)
     assert torch.equal(moved, sampled_diagonal(objective, batches, partition, generator=seeded(1)))
+
+
+def test_a_long_batch_is_worked_on_in_pieces_that_make_up_one_draw(monkeypatch):
+    objective, _, partition = setting("decoder_ragged")
+    g = seeded(2)
+    batches = [(torch.randint(7, (n, 4), generator=g), labels(g, 7, n, 4, ignore=0.3)) for n in (5, 2)]
+    whole = sampled_diagonal(objective, batches, partition, generator=seeded(1))
+    monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", 8)
+    assert len(objective.pieces(batches[0])) == 3
+    pieces = sampled_diagonal(objective, batches, partition, generator=seeded(1))
+    torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-16)
 
 
 def test_a_loss_with_no_known_law_of_labels_is_named():

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hessprobe.optimization.group_models import LocalModels
 from hessprobe.optimization.local_model import LocalGradient
+from hessprobe.problem.objective import Objective
 from tests.cases import SEED, Case
 from tests.models import IGNORED, ZOO, seeded
 from tests.oracles import token_losses
@@ -51,6 +53,13 @@ def vector(case: Case, local: LocalGradient) -> Tensor:
     """Returns a local gradient as a flat vector (p,), zero where it has no entry."""
     theta = named(case, case.partition.vector(case.problem.model))
     return case.partition.flatten({**{n: torch.zeros_like(x) for n, x in theta.items()}, **local.gradient})
+
+
+def local_models(objective: Objective, groups: list[tuple[str, ...]], engine: str, **options) -> LocalModels:
+    """Returns the models of groups of parameters by one engine, the only one they may take."""
+    local = LocalModels(objective, groups, **options)
+    local._engines = (engine,)
+    return local
 
 
 def linearised_loss(case: Case) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from hessprobe.errors import RunFailed, UserError
 from hessprobe.optimization.baselines import BASELINES, FirstOrderOptimizer
 from hessprobe.optimization.inner_solver import hidden_matrices
 from hessprobe.optimization.kfac import KFAC
+from hessprobe.problem import objective as objectives
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
@@ -228,6 +229,21 @@ def test_curvature_is_counted_when_it_is_estimated():
         Objective(problem.model), problem.batches[:1], partition, generator=models.seeded(0)
     ).gradient_equivalents
     assert costs == [3 + extra, 3.0, 3 + extra] and 1 < extra < 3
+
+
+@pytest.mark.parametrize("solver", ["kfac", "ekfac"])
+def test_factors_of_a_long_minibatch_come_from_its_pieces(monkeypatch, solver):
+    """At the cost of the whole, and with the factors of micro-batches of that size."""
+    g = models.seeded(5)
+    tokens = torch.randint(5, (4, 3), generator=g)
+    found = []
+    for most, batches in ((6, [(tokens, tokens)]), (8192, [(part, part) for part in tokens.split(2)])):
+        monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", most)
+        problem, partition, optimizer = fresh(solver=solver, learning_rate=0.1)
+        found.append(optimizer.step(batches).gradient_equivalents / len(batches))
+        found.append(partition.vector(problem.model))
+    assert found[0] == pytest.approx(found[2], rel=1e-12)
+    torch.testing.assert_close(found[1], found[3], rtol=1e-9, atol=1e-12)
 
 
 # -- K-FAC's own step ---------------------------------------------------------------------------------------

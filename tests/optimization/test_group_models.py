@@ -9,16 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hessprobe.errors import UserError
 from hessprobe.optimization.group_models import LocalModels
-from hessprobe.optimization.group_models import shared_gradients as shared
 from hessprobe.optimization.inner_problem import groups_of
-from hessprobe.optimization.local_model import local_gradient, predicted_decrease
+from hessprobe.optimization.local_model import MODELS, LocalGradient, predicted_decrease
+from hessprobe.problem import objective as objectives
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests.cases import Case
 from tests.curvature.test_model_operator import AWKWARD, Kernel, awkward
-from tests.models import Problem, labels, real, redraw
-from tests.optimization.linearised import displacement, named, vector
+from tests.models import IGNORED, Problem, labels, real, redraw
+from tests.optimization.linearised import displacement, local_models, named, vector
 from tests.oracles import relative_error
 
 
@@ -35,13 +35,50 @@ def test_blocks_1_and_10_stay_apart(generator):
     groups = [partition.parameters_of(block) for block in partition.blocks]
     assert all(name.startswith("blocks.1.") for name in groups[2])  # not those of blocks.10 and blocks.11
     assert len(groups[2]) == len(groups[11])
-    together = shared(objective, batch, theta, delta, groups, model="quadratic")
+    together = local_models(objective, groups, "shared").gradients(batch, theta, delta)
     for k in (2, 11, 12):  # block.1, block.10, block.11
         names, one = groups[k], together[k]
-        alone = local_gradient(objective, batch, theta, delta, names, model="quadratic")
+        (alone,) = local_models(objective, [names], "forward-mode").gradients(batch, theta, delta)
         assert set(one.gradient) == set(names)
         assert all(relative_error(one.gradient[n], alone.gradient[n]) < 1e-10 for n in names)
         assert one.value == pytest.approx(alone.value, rel=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["forward-mode", "shared"])
+@pytest.mark.parametrize("structure", ["full", "layerwise"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_long_minibatch_is_worked_on_in_pieces(monkeypatch, generator, zoo_case, model, structure, engine):
+    """Ragged ones, one of them without a target: values, gradients and the predicted decrease stay the minibatch's."""
+    case = zoo_case("decoder")
+    batch = (torch.randint(7, (5, 4), generator=generator(1)), labels(generator(2), 7, 5, 4, ignore=0.3))
+    batch[1][4] = IGNORED
+    groups = [
+        tuple(n for block in group for n in case.partition.parameters_of(block))
+        for group in groups_of(structure, case.partition)
+    ]
+    theta, delta = named(case, case.partition.vector(case.problem.model)), named(case, displacement(case))
+
+    def found() -> tuple[list[LocalGradient], float]:
+        local = local_models(case.objective, groups, engine, model=model, damping=0.3)
+        decrease = predicted_decrease(case.objective, [batch, batch], theta, delta, model=model)
+        return local.gradients(batch, theta, delta), decrease
+
+    whole, promised = found()
+    monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", 8)
+    seen, outputs = [], case.objective.outputs
+
+    def noted(batch, *given):
+        seen.append(len(batch[0]))
+        return outputs(batch, *given)
+
+    monkeypatch.setattr(case.objective, "outputs", noted)
+    pieces, decrease = found()
+    assert max(seen) == 2 and sum(seen) > 5
+    for one, other in zip(pieces, whole, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-12)
+        assert set(one.gradient) == set(other.gradient)
+        assert all(relative_error(one.gradient[n], other.gradient[n]) < 1e-11 for n in other.gradient)
+    assert decrease == pytest.approx(promised, rel=1e-10)
 
 
 # -- operations --------------------------------------------------------------------------------------------
@@ -60,18 +97,22 @@ def test_a_block_computes_no_tangent_below_itself_and_no_gradient_outside(genera
     objective, batch = Objective(model, loss="squared_error"), (real(g, n, d), real(g, n, d))
     partition = Partition.of(model, "parameter")
     theta = partition.unflatten(partition.vector(model))
-    groups, u, options = [(name,) for name in partition.names], 2 * n * d * d, {"model": "quadratic"}
+    groups, u = [(name,) for name in partition.names], 2 * n * d * d
+
+    def taken(engine: str, groups: list[tuple[str, ...]]) -> int:
+        local = local_models(objective, groups, engine)
+        local.gradients(batch, theta, theta)  # the first time it is checked
+        return operations(lambda: local.gradients(batch, theta, theta))
+
     for k, names in enumerate(groups):
         above = layers - 1 - k
-        alone = operations(
-            lambda names=names: local_gradient(objective, batch, theta, theta, names, **options)
-        )
         # The forward pass; the block's own tangent and those above, two products a layer, since torch multiplies by
         # the zero tangents of their matrices too; the gradients above and the block's own.
-        assert alone <= u * (layers + 2 * (1 + above) + (above + 1))
-    together = operations(lambda: shared(objective, batch, theta, theta, groups, **options))
+        assert taken("forward-mode", [names]) <= u * (layers + 2 * (1 + above) + (above + 1))
     # One forward pass and one linear map w -> J^T w for all, and no more than that for each.
-    assert together == u * (layers + (2 * layers - 1) + sum(2 * (layers - k) for k in range(layers)))
+    assert taken("shared", groups) == u * (
+        layers + (2 * layers - 1) + sum(2 * (layers - k) for k in range(layers))
+    )
 
 
 class Residual(nn.Module):
@@ -95,6 +136,7 @@ def test_layerwise_takes_at_most_six_tenths_of_the_operations_of_a_full_step_a_b
 
     def step(groups: list[tuple[str, ...]]) -> int:
         local = LocalModels(objective, groups)
+        local.gradients(batch, theta, theta)
         return operations(lambda: local.gradients(batch, theta, theta))
 
     full = step([partition.names])
@@ -169,10 +211,9 @@ def test_a_network_whose_second_derivatives_are_missing_goes_by_forward_mode(gen
     groups = [case.partition.parameters_of(block) for block in case.partition.blocks]
     local, batch = LocalModels(case.objective, groups), case.problem.batches[0]
     zero = named(case, torch.zeros_like(delta))
-    local.gradients(batch, theta, zero)  # says nothing about the derivatives
-    assert local.engine == "shared"
-    one, _ = local.gradients(batch, theta, named(case, delta))
+    local.gradients(batch, theta, zero)  # at a displacement that says nothing about the derivatives
     assert local.engine == "forward-mode"
+    one, _ = local.gradients(batch, theta, named(case, delta))
     resumed = LocalModels(case.objective, groups)
     for name in ("forward-mode", "shared", local.engine):  # a state loaded over another
         resumed.engine = name

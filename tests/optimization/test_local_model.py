@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from hessprobe.errors import UserError
 from hessprobe.optimization.group_models import LocalModels
-from hessprobe.optimization.group_models import shared_gradients as shared
 from hessprobe.optimization.inner_problem import groups_of
-from hessprobe.optimization.local_model import local_gradient, predicted_decrease
+from hessprobe.optimization.local_model import predicted_decrease
 from tests.cases import Case
 from tests.models import Problem, labels, real, redraw
 from tests.optimization.linearised import (
@@ -18,6 +17,7 @@ from tests.optimization.linearised import (
     displacement,
     inside,
     linearised_loss,
+    local_models,
     named,
     places,
     single,
@@ -36,11 +36,8 @@ def found(case: Case, delta: Tensor, groups: list[tuple[str, ...]], model: str, 
     """Returns [(value, gradient (p,))] of every group of blocks on the only batch, by one of the two engines."""
     theta, batch = named(case, case.partition.vector(case.problem.model)), case.problem.batches[0]
     names = [tuple(n for block in group for n in case.partition.parameters_of(block)) for group in groups]
-    at, options = named(case, delta), {"model": model, "damping": damping}
-    if engine == "shared":
-        local = shared(case.objective, batch, theta, at, names, **options)
-    else:
-        local = [local_gradient(case.objective, batch, theta, at, group, **options) for group in names]
+    models = local_models(case.objective, names, engine, model=model, damping=damping)
+    local = models.gradients(batch, theta, named(case, delta))
     assert [set(one.gradient) for one in local] == [set(group) for group in names]
     return [(one.value, vector(case, one)) for one in local]
 

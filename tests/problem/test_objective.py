@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.problem import objective as objectives
 from hessprobe.problem.objective import Objective, measuring
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
@@ -234,3 +235,46 @@ def test_outputs_that_are_all_zero_do_not_settle_whether_sequences_see_each_othe
     for _ in range(2):
         assert [len(x) for x, _ in objective.split((tokens, tokens), 2)] == [2, 2]
         torch.nn.init.normal_(model[1].weight, generator=torch.Generator().manual_seed(0))
+
+
+def passes(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns what will list the sequences of every pass through the objective's model."""
+    seen, outputs = [], objective.outputs
+
+    def noted(batch, *given):
+        seen.append(len(batch[0]))
+        return outputs(batch, *given)
+
+    monkeypatch.setattr(objective, "outputs", noted)
+    return seen
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(8192, [5]), (12, [3, 2]), (8, [2, 2, 1]), (3, [1] * 5)])
+def test_a_long_batch_goes_through_the_model_in_pieces(monkeypatch, zoo_case, most, sizes):
+    """Even ones of at most so many positions, a sequence at least; loss and gradient are the whole batch's."""
+    case = zoo_case("decoder")
+    draws = models.seeded(4)
+    batch = (torch.randint(7, (5, 4), generator=draws), labels(draws, 7, 5, 4, ignore=0.3))
+    batch[1][4] = IGNORED  # a piece without a target
+    theta = case.partition.vector(case.problem.model)
+    loss, gradient = case.objective.gradient(batch, case.partition, case.partition.unflatten(1.1 * theta))
+    monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", most)
+    objective = Objective(case.problem.model, loss=case.problem.loss)
+    assert [len(inputs) for inputs, _ in objective.pieces(batch)] == sizes
+    seen = passes(objective, monkeypatch)
+    again = objective.gradient(batch, case.partition, case.partition.unflatten(1.1 * theta))
+    assert seen == sizes
+    torch.testing.assert_close(again, (loss, gradient), rtol=1e-12, atol=1e-14)
+    with torch.no_grad():
+        named = case.partition.unflatten(1.1 * theta)
+        torch.testing.assert_close(objective.loss([batch, batch], named), loss, rtol=1e-12, atol=0)
+    assert seen == 3 * sizes
+
+
+def test_whether_a_long_batch_can_be_cut_is_seen_from_a_part_of_it(monkeypatch, zoo_case):
+    case, (inputs, targets) = zoo_case("decoder"), (torch.zeros(9, 4, dtype=torch.long),) * 2
+    monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", 12)
+    objective = Objective(case.problem.model)
+    seen = passes(objective, monkeypatch)
+    assert len(objective.pieces((inputs, targets))) == 3
+    assert sum(seen) == 6 and max(seen) == 3

@@ -12,7 +12,7 @@ import torch
 from hessprobe.optimization.baselines import BASELINE_REFRESH
 from hessprobe.optimization.group_models import LocalModels, product_cost
 from hessprobe.optimization.inner_solver import LARGEST, hidden_matrices
-from hessprobe.problem.objective import Objective
+from hessprobe.problem.objective import Objective, sequences_at_once
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.recipe import OptimizerRecipe
@@ -22,16 +22,17 @@ FLOAT = 4  # bytes; everything is float32
 TOKEN = 16  # bytes: as an input and as a target
 GIB = 2**30
 ESTIMATE = {"sophia": 1, "kfac": 3}  # gradients that an estimate of curvature costs, a minibatch
-# Peak of one pass in multiples of (what a forward pass saves for its reverse, one minibatch's logits), fitted to the
-# resident memory of a CPU process at 4 sizes of the decoder: within 15 %. Attention is fused in a gradient; a dual
-# pass keeps its weights.
-GRADIENT, DUAL, SHARED = (1.2, 4.5), (2.7, 11.0), (3.4, 9.0)
+# Peak of one pass in multiples of (what a forward pass saves for its reverse, one batch's logits), fitted to the resident
+# memory of a CPU process at 4 sizes of the decoder: within 20 %. Attention is fused in a gradient; a dual pass keeps its
+# weights.
+GRADIENT, DUAL, SHARED = (1.2, 4.5), (2.7, 11.0), (3.7, 9.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """An estimate in bytes: what lies there all the time, and what one minibatch's pass needs on top."""
+    """An estimate in bytes: what lies there all the time, and what a pass over `sequences` of a minibatch needs on top."""
 
+    sequences: int
     weights: float
     state: float
     gradient: float
@@ -71,15 +72,19 @@ def memory(recipe: OptimizerRecipe, model: Decoder, partition: Partition) -> Mem
     """Returns an estimate of the memory that training needs, in bytes."""
     size = partition.size * FLOAT
     config, b = model.config, recipe.sequences
-    passes = pass_memory(config, b)
-    dual = passes["layerwise" if recipe.layerwise else "full"] if recipe.is_gauss_newton else 0.0
+    together = sequences_at_once(b, config.context)
+    passes = pass_memory(config, together)
+    dual = 0.0
+    if recipe.is_gauss_newton:  # a linearisation holds J^T w too
+        dual = passes["layerwise"] + size if recipe.layerwise else passes["full"]
     solver = recipe.inner_solver if recipe.is_gauss_newton else recipe.name
     # Gauss-Newton holds theta, the inner solution and the way there besides its solver's state.
     copies = 4 if recipe.is_gauss_newton else 2
     return Memory(
+        sequences=together,
         weights=size,
         state=copies * size + FLOAT * _solver_floats(solver, model, partition),
-        gradient=size,
+        gradient=size * (1 if together == b else 2),  # a piece's, and the sum so far
         data=(recipe.minibatches + recipe.searched) * b * config.context * TOKEN,
         activations=passes["gradient"],
         dual=dual,

@@ -72,7 +72,9 @@ def _of_run(recipe: Recipe, model: Decoder, partition: Partition) -> Iterator[st
 
 def _of_memory(optimizer: OptimizerRecipe, model: Decoder, partition: Partition) -> Iterator[str]:
     found = memory(optimizer, model, partition)
-    yield "          float32, one minibatch at a time; of the last two the larger counts:"
+    whole = found.sequences == optimizer.sequences
+    one = "one minibatch" if whole else f"{found.sequences} sequences of a minibatch"
+    yield f"          float32, {one} at a time; of the last two the larger counts:"
     for name, size in (
         ("weights", found.weights),
         ("optimizer state", found.state),
@@ -83,8 +85,8 @@ def _of_memory(optimizer: OptimizerRecipe, model: Decoder, partition: Partition)
     ):
         yield f"          {said_bytes(size):>12}  {name}"
     if found.peak > GPU:
-        each = max(found.activations, found.dual) / optimizer.sequences
-        fitting = int((GPU - found.peak) // each + optimizer.sequences)
+        each = max(found.activations, found.dual) / found.sequences
+        fitting = int((GPU - found.peak) // each + found.sequences)
         way_out = (
             f"{2 ** int(math.log2(fitting))} sequences a minibatch would (--set optimizer.sequences=)"
             if fitting >= 1

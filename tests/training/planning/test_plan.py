@@ -92,13 +92,31 @@ def test_a_study_lists_its_runs():
 
 
 def test_what_does_not_fit_a_gpu_says_how_it_would():
-    text = plan(build_recipe(read_recipe("paper_150m")))
-    assert "does not fit 80 GB; 8 sequences a minibatch would (--set optimizer.sequences=)" in text
-    assert "does not fit" not in plan(build_recipe(read_recipe("nano")))
-    smaller = build_recipe(read_recipe("paper_150m"), ["optimizer.sequences=8"])
+    wide = "model.vocabulary=250000"
+    text = plan(build_recipe(read_recipe("paper_150m"), [wide]))
+    assert "does not fit 80 GB; 2 sequences a minibatch would (--set optimizer.sequences=)" in text
+    smaller = build_recipe(read_recipe("paper_150m"), [wide, "optimizer.sequences=2"])
     assert "does not fit" not in plan(smaller) and smaller.optimizer.batch == 234368
     huge = build_recipe(read_recipe("paper_150m"), ["model.context=65536", "optimizer.sequences=1"])
     assert "nor does a minibatch of 1 sequence" in plan(huge)
+
+
+def test_a_minibatch_is_worked_on_in_pieces_whose_memory_counts():
+    text = plan(build_recipe(read_recipe("paper_150m")))
+    assert "does not fit" not in text
+    assert "float32, 8 sequences of a minibatch at a time" in text
+    assert "one minibatch at a time" in plan(build_recipe(read_recipe("nano")))
+
+
+@pytest.mark.parametrize(("sequences", "context"), [(128, 1024), (9, 3000), (3, 9000), (32, 64), (129, 64)])
+def test_the_pieces_are_those_of_the_objective(sequences, context):
+    model, partition = problem(context=context)
+    objective = Objective(model)
+    objective._splits = True  # without running so many tokens
+    tokens = torch.zeros(sequences, context, dtype=torch.long)
+    largest = max(len(inputs) for inputs, _ in objective.pieces((tokens, tokens)))
+    recipe = OptimizerRecipe(name="full_gn", minibatches=1, sequences=sequences, learning_rate=1e-3)
+    assert memory(recipe, model, partition).sequences == largest
 
 
 def config(**changes) -> DecoderConfig:
