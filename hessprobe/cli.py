@@ -11,6 +11,7 @@ import typer
 from hessprobe.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
+    from hessprobe.problem.processes import Processes
     from hessprobe.recipe import Recipe
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130
+_ONE_PROCESS = ("probe", "report", "show", "compare")
 _MISTAKEN_CALL: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/nano.")]
@@ -65,8 +67,12 @@ def train(
         bool, typer.Option("--dry-run", help="Only print sizes, memory and costs; no data, no network.")
     ] = False,
 ) -> None:
-    """Train with curvature probes; writes a log, a checkpoint and a report. A recipe with a study makes many runs."""
-    from hessprobe.recipe import build_recipe, differences, read_recipe
+    """Train with curvature probes; writes a log, a checkpoint and a report. A recipe with a study makes many runs.
+
+    On several GPUs or processes: torchrun --nproc-per-node N -m hessprobe train ...
+    """
+    from hessprobe.recipe import build_recipe, read_recipe
+    from hessprobe.training.torchrun import is_first, launched
 
     settings = _settings(probe, optimizer, steps, every, coupling_error, device, seed, setting, log)
     if seeds is not None and seeds < 1:
@@ -74,42 +80,33 @@ def train(
     if resume and recipe == "nano" and out is not None and not (out / "log.zarr").exists():
         if (out / "recipe.toml").is_file():  # a study keeps its own
             recipe = str(out / "recipe.toml")
-    values = read_recipe(recipe)
+
     if dry_run:
-        checked = build_recipe(values, settings)
-        from hessprobe.training.planning.plan import plan
+        checked = build_recipe(read_recipe(recipe), settings)
+        if is_first():
+            from hessprobe.training.planning.plan import plan
 
-        print(plan(checked, seeds))
+            print(plan(checked, seeds))
         return
-    if seeds is not None or "study" in values:
-        _train_many(build_recipe(values, settings), out, seeds, resume)
-        return
-    if resume:
-        folder = out or _latest_run(recipe)
-        stored = _stored_recipe(folder)
-        base = stored.model_dump(exclude_none=True) if recipe == "nano" else values
-        wanted = build_recipe(base, settings)
-        changed = [line for line in differences(stored, wanted) if not line.startswith("loggers:")]
-        if changed:
-            raise UserError(
-                f"--resume: {folder} was started with another recipe; it differs in {'; '.join(changed)}. "
-                "Resume it without these, or start a new run with another --out"
-            )
-    else:
-        wanted = build_recipe(values, settings)
-        folder = out or _free_folder(Path("runs") / wanted.name)
-        if (folder / "log.zarr").exists():
-            raise UserError(
-                f"{folder} holds a run already: go on with it by --resume, or give another name with --out"
-            )
-    if not resume:
-        _say_measuring(wanted)
 
-    from hessprobe.training.loop import train as run
+    launch = launched()
+    # A slip is answered before torch is loaded; of several processes the first decides for all.
+    decided = None if launch else _decided(recipe, settings, out, seeds, resume)
 
-    run(wanted, folder, resume=resume)
+    from hessprobe.training.process_group import process_group
 
-    _say_written(folder)
+    with process_group(launch) as processes:
+        wanted, folder, many = decided or processes.from_first(
+            lambda: _decided(recipe, settings, out, seeds, resume)
+        )
+        if many:
+            _train_many(wanted, folder, seeds, resume, processes)
+        else:
+            from hessprobe.training.loop import train as run
+
+            run(wanted, folder, resume=resume, processes=processes)
+    if processes.is_first and not many:
+        _say_written(folder)
 
 
 @app.command("probe")
@@ -229,22 +226,55 @@ def compare(
         ) from error
 
 
-def _train_many(recipe: Recipe, out: Path | None, seeds: int | None, resume: bool) -> None:
+def _decided(
+    given: str, settings: list[str], out: Path | None, seeds: int | None, resume: bool
+) -> tuple[Recipe, Path, bool]:
+    """Returns what `train` is to run, in which folder, and whether that makes many runs; says what measuring costs."""
+    from hessprobe.recipe import build_recipe, differences, read_recipe
+
+    values = read_recipe(given)
+    if seeds is not None or "study" in values:
+        wanted = build_recipe(values, settings)
+        folder = out or (Path("runs") / wanted.name if resume else _free_folder(Path("runs") / wanted.name))
+        if not resume and wanted.study is None:
+            _say_measuring(wanted)
+        return wanted, folder, True
+    if resume:
+        folder = out or _latest_run(given)
+        stored = _stored_recipe(folder)
+        base = stored.model_dump(exclude_none=True) if given == "nano" else values
+        wanted = build_recipe(base, settings)
+        changed = [line for line in differences(stored, wanted) if not line.startswith("loggers:")]
+        if changed:
+            raise UserError(
+                f"--resume: {folder} was started with another recipe; it differs in {'; '.join(changed)}. "
+                "Resume it without these, or start a new run with another --out"
+            )
+        return wanted, folder, False
+    wanted = build_recipe(values, settings)
+    folder = out or _free_folder(Path("runs") / wanted.name)
+    if (folder / "log.zarr").exists():
+        raise UserError(
+            f"{folder} holds a run already: go on with it by --resume, or give another name with --out"
+        )
+    _say_measuring(wanted)
+    return wanted, folder, False
+
+
+def _train_many(recipe: Recipe, folder: Path, seeds: int | None, resume: bool, processes: Processes) -> None:
     """Makes a study's runs, or one recipe's at several seeds, and names the folder and the next command."""
-    folder = out or (Path("runs") / recipe.name if resume else _free_folder(Path("runs") / recipe.name))
     from hessprobe.training.study import run_seeds, run_study
 
+    lines = []
     if recipe.study is None:
-        if not resume:
-            _say_measuring(recipe)
-        run_seeds(recipe, folder, seeds or 1, resume=resume)
+        run_seeds(recipe, folder, seeds or 1, resume=resume, processes=processes)
     else:
         if seeds is not None:
             recipe = recipe.model_copy(update={"study": recipe.study.model_copy(update={"seeds": seeds})})
-        for end in run_study(recipe, folder, resume=resume):
-            print(f"{end.name:<20} {end}")
-    print(f"runs     {folder}")
-    print(f"next     hessprobe compare {folder}")
+        ends = run_study(recipe, folder, resume=resume, processes=processes)
+        lines = [f"{end.name:<20} {end}" for end in ends]
+    if processes.is_first:
+        print(*lines, f"runs     {folder}", f"next     hessprobe compare {folder}", sep="\n")
 
 
 def _say_measuring(recipe: Recipe) -> None:
@@ -379,22 +409,35 @@ def _stored_recipe(folder: Path) -> Recipe:
 
 
 def main() -> None:
-    """Runs the command line: exit 2 for a mistake in the call, 1 for a run that failed."""
+    """Runs the command line: exit 2 for a mistake in the call, 1 for a run that failed.
+
+    Of several processes the first says it, since what one meets all do; but that one is lost, whoever is left says. After
+    a mistake the first alone ends with 2: another one that did, torchrun would stop the first before it has said it.
+    """
+    from hessprobe.training.torchrun import is_first, launched
+
     try:
+        if sys.argv[1:2] and sys.argv[1] in _ONE_PROCESS and launched():
+            raise UserError(f"hessprobe {sys.argv[1]} runs in one process: call it without torchrun")
         # Not standalone: typer would load its formatter, a quarter of a second, to say that a word is misspelt.
         code = app(standalone_mode=False)
     except _MISTAKEN_CALL as mistake:
-        mistake.show()
-        sys.exit(mistake.exit_code)
+        if is_first():
+            mistake.show()
+        sys.exit(mistake.exit_code if is_first() else 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if is_first():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if is_first() else 0)
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        from hessprobe.problem.processes import ProcessLost  # torch, which what has failed had loaded
+
+        if is_first() or isinstance(error, ProcessLost):
+            print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    if code == _INTERRUPTED:  # typer, too, turns Ctrl-C into this
+    if code == _INTERRUPTED and is_first():  # typer, too, turns Ctrl-C into this
         measuring = sys.argv[1:2] == ["probe"]
         kept = (
             "the rows measured so far are kept"

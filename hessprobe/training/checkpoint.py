@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import pickle
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch
 
 from hessprobe.errors import UserError
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.training.train_table import Totals
 
 FILE = "state.pt"
@@ -103,12 +105,18 @@ def save_checkpoint(
         ) from error
 
 
-def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """Returns what `save_checkpoint` was given, totals and data as their types; None where none was saved yet."""
+def load_checkpoint(
+    folder: Path, device: torch.device, processes: Processes = ALONE
+) -> dict[str, Any] | None:
+    """Returns what `save_checkpoint` was given, totals and data as their types; None where none was saved yet.
+
+    Of several processes the first reads the file, and hands it out.
+    """
     path = checkpoint_file(folder)
-    if not path.is_file():
+    read = processes.from_first(lambda: path.read_bytes() if path.is_file() else None)
+    if read is None:
         return None
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = torch.load(io.BytesIO(read), map_location=device, weights_only=True)
     state["totals"] = Totals(**state["totals"])
     # The first version saved neither place nor end; what else differs there is told when its log is reopened.
     state["data"] = DataPosition(**state.get("data", {}))
@@ -124,7 +132,7 @@ def load_start(given: str, partition: Partition) -> Start:
     Raises:
         UserError: nothing there, not a checkpoint, or one of another model.
     """
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     file = checkpoint_file(path) if path.is_dir() else path
     if not file.is_file():
         what = (

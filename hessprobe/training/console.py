@@ -86,9 +86,9 @@ def say(console: Console, label: str, text: str) -> None:
     console.print(f"[{ACCENT}]{label:<11}[/] {escape(text)}", soft_wrap=True, emoji=False)
 
 
-def stderr() -> Console:
-    """Returns where progress is written."""
-    return Console(stderr=True, highlight=False)
+def stderr(*, quiet: bool = False) -> Console:
+    """Returns where progress is written; with `quiet`, where nothing is."""
+    return Console(stderr=True, highlight=False, quiet=quiet)
 
 
 def _headline(measurement: Measurement) -> str:

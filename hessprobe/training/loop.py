@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,59 +15,68 @@ from hessprobe.optimization.running import RunningOptimizer, running_optimizer
 from hessprobe.probes.probe import Snapshot
 from hessprobe.problem.corpus import Corpus
 from hessprobe.problem.hub_corpus import HubCorpus
-from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.recipe import Recipe
-from hessprobe.store.writer import RunWriter
-from hessprobe.training.checkpoint import DataPosition, load_checkpoint, load_start, save_checkpoint
-from hessprobe.training.console import RunConsole
+from hessprobe.training.checkpoint import load_checkpoint, load_start, save_checkpoint
 from hessprobe.training.ending import Diverged, RunEnd
-from hessprobe.training.loggers import ScalarLog, check_loggers
+from hessprobe.training.loggers import check_loggers
 from hessprobe.training.optimizers import OuterOptimizer, build_optimizer, build_warmup
+from hessprobe.training.outputs import Outputs, open_outputs
+from hessprobe.training.process_group import own_device
 from hessprobe.training.recorder import ProbeRecorder, build_probes, peak_memory
-from hessprobe.training.setup import build_model, open_corpus, pick_device, start_log
+from hessprobe.training.run_data import RunData
+from hessprobe.training.setup import build_model, check_same_text, check_shares, open_corpus, start_log
 from hessprobe.training.train_table import Totals, train_row, train_table
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> RunEnd:
+def train(recipe: Recipe, folder: Path, *, resume: bool = False, processes: Processes = ALONE) -> RunEnd:
     """Runs a recipe into folder/log.zarr and folder/checkpoint.
 
     Args:
         recipe: what to do; one run, not a study.
         folder: the run's folder; new, or with `resume` one that holds this recipe's run.
+        processes: who shares the work: each calls this alike, and the first alone reads and writes the folder.
 
     Raises:
         UserError: a mistake in recipe, data or folder, or a full disk.
         Diverged: the loss is not finite; the log up to that step is kept.
-        RunFailed: a stream of data broke off.
+        RunFailed: a stream of data broke off, or a process died.
     """
+    with processes.together():
+        return _train(recipe, folder, resume, processes)
+
+
+def _train(recipe: Recipe, folder: Path, resume: bool, processes: Processes) -> RunEnd:
     check_loggers(recipe.loggers)
+    check_shares(recipe, processes)
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
-    device = pick_device(recipe.device)
+    device = own_device(recipe.device, processes)
     corpus = open_corpus(recipe)
+    check_same_text(corpus, processes)
     model = build_model(recipe, device)
-    objective, partition = Objective(model), Partition.of(model, recipe.partition)
-    saved = load_checkpoint(folder, device) if resume else None
-    start = None
-    if recipe.training.start_from is not None and not saved:
-        start = load_start(recipe.training.start_from, partition)
+    objective, partition = Objective(model, processes=processes), Partition.of(model, recipe.partition)
+    saved = load_checkpoint(folder, device, processes) if resume else None
+    start, given = None, recipe.training.start_from
+    if given is not None and not saved:
+        start = processes.from_first(lambda: load_start(given, partition))
         partition.assign(model, start.parameters)
     elif saved:
         partition.assign(model, saved["parameters"])
     step, totals = (saved["step"], saved["totals"]) if saved else (0, Totals())
-    with (
-        start_log(recipe, folder, device, corpus, partition, resume=resume, start=start) as writer,
-        RunConsole(recipe.training.steps, step, name=recipe.optimizer.name) as console,
-        ScalarLog.open(recipe.loggers, folder, writer.attributes, console.say, first=step) as scalars,
-    ):
+    log = partial(
+        start_log, recipe, folder, device, corpus, partition, resume=resume, start=start, processes=processes
+    )
+    with open_outputs(recipe, folder, log, processes, first=step) as outputs:
         if saved:
-            console.say("resuming", f"{folder} at step {step}")
-        run = Run(recipe, folder, objective, partition, corpus, device, writer, console, totals, scalars)
+            outputs.console.say("resuming", f"{folder} at step {step}")
+        run = Run(recipe, folder, objective, partition, corpus, device, totals, outputs)
         if saved:
-            run.place_data(saved["data"], resumed=True)
+            run.data.place(saved["data"], resumed=True)
         elif start:
-            run.place_data(start.data, resumed=False)
+            run.data.place(start.data, resumed=False)
         return run.steps(saved)
 
 
@@ -81,29 +91,17 @@ class Run:
         partition: Partition,
         corpus: Corpus | HubCorpus,
         device: torch.device,
-        writer: RunWriter,
-        console: RunConsole,
         totals: Totals,
-        scalars: ScalarLog,
+        outputs: Outputs,
     ) -> None:
-        self.recipe, self.folder, self.device = recipe, folder, device
-        self.objective, self.partition, self.corpus = objective, partition, corpus
-        self.writer, self.console, self.totals, self.scalars = writer, console, totals, scalars
-        self.first = {"train": 0, "line_search": 0}
+        self.recipe, self.folder, self.device, self.totals = recipe, folder, device, totals
+        self.objective, self.partition = objective, partition
+        self.writer, self.console, self.scalars = outputs.writer, outputs.console, outputs.scalars
+        self.processes = objective.processes
+        self.data = RunData(recipe, corpus, device)
         steps = recipe.training.steps
-        writer.add_table(train_table(recipe.optimizer), range(steps))
-        self.recorder = ProbeRecorder(writer, build_probes(recipe), partition, steps)
-        per_batch, count = held_out_layout(recipe, corpus.context)
-        self.held_out = [self._placed(batch) for batch in corpus.held_out_batches(per_batch, count)]
-
-    def place_data(self, position: DataPosition, *, resumed: bool) -> None:
-        """Goes on reading where this run was cut off, or behind what the run before it had read."""
-        if resumed:
-            self.first |= position.first
-        elif position.seed == self.recipe.seed:
-            each = self.recipe.optimizer.sequences
-            self.first |= {stream: math.ceil(read / each) for stream, read in position.read.items()}
-        self.corpus.restore(position.bookmarks)
+        self.writer.add_table(train_table(recipe.optimizer), range(steps))
+        self.recorder = ProbeRecorder(self.writer, build_probes(recipe), partition, steps)
 
     def steps(self, saved: dict[str, Any] | None) -> RunEnd:
         """Takes the outer steps that are left; `saved` is the checkpoint of a resumed run."""
@@ -162,57 +160,52 @@ class Run:
         recipe = self.recipe.optimizer
         began = time.perf_counter()
         report = optimizer.step(
-            self._minibatches("train", step, recipe.minibatches),
-            self._minibatches("line_search", step, recipe.searched if searching else 0),
+            self.data.minibatches("train", step, recipe.minibatches),
+            self.data.minibatches("line_search", step, recipe.searched if searching else 0),
         )
+        self._same_everywhere()
         self.totals.add(report, time.perf_counter() - began)
         return report
+
+    def _same_everywhere(self) -> None:
+        """Gives every process the first one's parameters where theirs are others.
+
+        All have computed them alike, from the same sums; but what GPUs add up in no fixed order rounds as it likes.
+        """
+        if self.processes.count == 1:
+            return
+        theta = self.partition.vector(self.objective.model)
+        bits = theta.view(torch.uint8).sum(dtype=torch.int64)
+        most, least = self.processes.most(torch.stack([bits, -bits])).tolist()
+        if most != -least:
+            (theta,) = self.processes.total(theta if self.processes.is_first else torch.zeros_like(theta))
+            self.partition.assign(self.objective.model, theta)
 
     def held_out_loss(self) -> float:
         """Returns the loss on the held-out sequences, nats per token."""
         with torch.no_grad():
-            return float(self.objective.loss(self.held_out))
+            return float(self.objective.loss(self.data.held_out))
 
     def _save(self, step: int, optimizer: dict[str, Any], held_out_loss: float, ended: bool) -> None:
-        recipe = self.recipe.optimizer
-        counts = {"train": recipe.minibatches, "line_search": recipe.searched}
-        read = {
-            stream: (self.first[stream] + step * counts[stream]) * recipe.sequences for stream in self.first
-        }
-        save_checkpoint(
+        save = partial(
+            save_checkpoint,
             self.folder,
             step=step,
             parameters=self.partition.vector(self.objective.model),
             optimizer=optimizer,
             totals=self.totals,
             shapes={slot.name: slot.shape for slot in self.partition.slots},
-            data=DataPosition(
-                seed=self.recipe.seed, first=self.first, read=read, bookmarks=self.corpus.bookmarks()
-            ),
+            data=self.data.position(step),
             held_out_loss=held_out_loss,
             ended=ended,
         )
+        self.processes.from_first(save)
 
     def _optimizer(self, warming_up: bool, outer_steps: int) -> OuterOptimizer:
         recipe = self.recipe.optimizer
         if warming_up:
             return build_warmup(recipe, self.objective, self.partition)
         return build_optimizer(recipe, self.objective, self.partition, outer_steps, self.recipe.seed)
-
-    def _minibatches(self, stream: str, step: int, count: int) -> list[Batch]:
-        recipe = self.recipe.optimizer
-        first = self.first[stream] + step * count
-        return [
-            self._placed(
-                self.corpus.batch(
-                    seed=self.recipe.seed, step=first + i, sequences=recipe.sequences, stream=stream
-                )
-            )
-            for i in range(count)
-        ]
-
-    def _placed(self, batch: tuple[torch.Tensor, torch.Tensor]) -> Batch:
-        return batch[0].to(self.device), batch[1].to(self.device)
 
     def _running(self, step: int, optimizer: OuterOptimizer) -> RunningOptimizer | None:
         """Returns the optimizer as it is before its step, copied only where a probe due at this step looks at it."""
@@ -223,15 +216,12 @@ class Run:
         """Measures at the parameters before the step, where the update just made was decided."""
         began = time.perf_counter()
         for probe in self.recorder.due(step):
-            batch = self.corpus.batch(
-                seed=self.recipe.seed, step=step, sequences=probe.sequences, stream=f"probe/{probe.name}"
-            )
             snapshot = Snapshot(
                 step=step,
                 objective=self.objective,
                 partition=self.partition,
                 parameters=before,
-                batches=[self._placed(batch)],
+                batches=self.data.of_probe(probe, step),
                 update=self.partition.vector(self.objective.model) - before,
                 optimizer=running,
                 seed=self.recipe.seed,
@@ -247,19 +237,8 @@ class Run:
             self.totals,
             self.recipe.optimizer,
             held_out_loss=held_out_loss,
-            peak_memory=peak_memory(self.device),
+            peak_memory=peak_memory(self.device, self.processes),
         )
         self.writer.write("train", step, row)
         self.scalars.trained(step, row)
         self.console.step(step, report, held_out_loss, name)
-
-
-def held_out_layout(recipe: Recipe, context: int) -> tuple[int, int]:
-    """Returns sequences a batch and batches for evaluation: at least data.held_out_sequences in whole batches.
-
-    A batch holds about as many tokens as a minibatch of 64-token windows: without gradients it is small in memory
-    even with a large vocabulary.
-    """
-    wanted = recipe.data.held_out_sequences
-    per_batch = max(1, min(recipe.optimizer.sequences * 64 // context + 1, wanted))
-    return per_batch, math.ceil(wanted / per_batch)

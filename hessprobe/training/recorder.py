@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,9 +18,42 @@ from hessprobe.probes.gn_hessian import GNHessianProbe
 from hessprobe.probes.preconditioner import PreconditionerProbe
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.processes import ALONE, PeerFailed, Processes, ProcessLost
 from hessprobe.recipe import Recipe
-from hessprobe.store.writer import RunWriter
+from hessprobe.store.schema import Table
 from hessprobe.training.probe_schedule import Every, Schedule
+
+
+class RowWriter(Protocol):
+    """Where tables and rows go: a RunWriter, or NothingWritten."""
+
+    def add_table(self, table: Table, steps: Sequence[int] | None) -> None:
+        """Lays out a table for those steps."""
+        ...
+
+    def write(self, table: str, step: int, row: Mapping[str, Any]) -> None:
+        """Records one row."""
+        ...
+
+    def fail(self, table: str, step: int, reason: str) -> None:
+        """Records that a row could not be measured."""
+        ...
+
+    def close(self) -> None:
+        """Ends the writing."""
+        ...
+
+
+class NothingWritten:
+    """The log of a process that is not the first of several: it takes what a RunWriter takes, and keeps none of it."""
+
+    def add_table(self, table: Table, steps: Sequence[int] | None) -> None: ...
+
+    def write(self, table: str, step: int, row: Mapping[str, Any]) -> None: ...
+
+    def fail(self, table: str, step: int, reason: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +89,7 @@ class ProbeRecorder:
 
     def __init__(
         self,
-        writer: RunWriter,
+        writer: RowWriter,
         probes: Sequence[Probe],
         partition: Partition,
         steps: int | None,
@@ -78,20 +111,27 @@ class ProbeRecorder:
     def record(self, probe: Probe, snapshot: Snapshot) -> Measurement:
         """Measures one row and writes it; a probe that raises leaves its row marked with the reason.
 
+        Of several processes, where one fails all do, with its reason.
+
         Raises:
             UserError: the disk is full.
+            ProcessLost: another process has died.
         """
+        processes = snapshot.objective.processes
         start = time.perf_counter()
         device = snapshot.parameters.device
         reset_peak_memory(device)
         try:
-            row: dict[str, Any] = dict(probe.measure(snapshot))
-            if not np.isfinite(float(row["loss"])):
-                raise FloatingPointError(f"the loss on the probe's batch is {float(row['loss'])}")
+            with processes.together():
+                row: dict[str, Any] = dict(probe.measure(snapshot))
+                if not np.isfinite(float(row["loss"])):
+                    raise FloatingPointError(f"the loss on the probe's batch is {float(row['loss'])}")
+        except ProcessLost:
+            raise
         except Exception as error:  # whatever it is, training must go on
             return self.fail(probe, snapshot.step, error, time.perf_counter() - start)
         seconds = time.perf_counter() - start
-        row.update(seconds=seconds, peak_memory=peak_memory(device))
+        row.update(seconds=seconds, peak_memory=peak_memory(device, processes))
         self.writer.write(probe.name, snapshot.step, {name: _array(value) for name, value in row.items()})
         return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=row)
 
@@ -101,7 +141,8 @@ class ProbeRecorder:
         Raises:
             UserError: the disk is full.
         """
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        told = isinstance(error, (UserError, PeerFailed))  # in words for the reader
+        reason = str(error) if told else f"{type(error).__name__}: {error}"
         self.writer.fail(probe.name, step, reason)
         return Measurement(probe=probe.name, step=step, seconds=seconds, row=None, failure=reason)
 
@@ -116,9 +157,14 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_memory(device: torch.device) -> float:
-    """Returns the high-water mark in bytes: of the GPU since the last reset, or of this whole process so far."""
+def peak_memory(device: torch.device, processes: Processes = ALONE) -> float:
+    """Returns the high-water mark in bytes: of the GPU since the last reset, or of a whole process so far.
+
+    Of several processes it is the largest.
+    """
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return float(processes.most(torch.tensor(peak)))

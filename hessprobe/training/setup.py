@@ -16,6 +16,7 @@ from hessprobe.errors import UserError
 from hessprobe.problem.corpus import Corpus
 from hessprobe.problem.hub_corpus import HUB, HubCorpus
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.recipe import Recipe
 from hessprobe.store.writer import RunWriter
@@ -75,6 +76,42 @@ def open_corpus(recipe: Recipe) -> Corpus | HubCorpus:
     )
 
 
+def check_shares(recipe: Recipe, processes: Processes) -> None:
+    """Raises where a batch is too small to be shared.
+
+    Raises:
+        UserError: fewer sequences than processes; each setting is named.
+    """
+    own = {"gn_hessian.sequences": recipe.gn_hessian.sequences}
+    own["cross_layer.sequences"] = recipe.cross_layer.sequences
+    own["preconditioner.curvature_sequences"] = recipe.preconditioner.curvature_sequences[0]
+    own["preconditioner.held_out_sequences"] = recipe.preconditioner.held_out_sequences
+    read = {
+        "optimizer.sequences": recipe.optimizer.sequences,
+        "data.held_out_sequences": recipe.data.held_out_sequences,
+        **{setting: count for setting, count in own.items() if setting.partition(".")[0] in recipe.probes},
+    }
+    if few := [f"{setting} = {count}" for setting, count in read.items() if count < processes.count]:
+        raise UserError(
+            f"{', '.join(few)}: wanted at least {processes.count}, a sequence for each of the {processes.count} processes. "
+            f"Give more with --set, or start at most {min(read.values())} with --nproc-per-node"
+        )
+
+
+def check_same_text(corpus: Corpus | HubCorpus, processes: Processes) -> None:
+    """Raises where processes, as on several machines, read different texts.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    found = processes.gathered(str(corpus.fingerprint["sha256"]))
+    if others := [rank for rank, sha256 in enumerate(found) if sha256 != found[0]]:
+        raise UserError(
+            f"data.source: process {others[0]} of {processes.count} reads another text than the first (sha256 "
+            f"{found[others[0]]} and {found[0]}); put the same files at the same place on every machine"
+        )
+
+
 def build_model(recipe: Recipe, device: torch.device) -> Decoder:
     """Returns the decoder with its initial weights, drawn on the CPU so that a seed means the same everywhere."""
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -90,6 +127,7 @@ def start_log(
     *,
     resume: bool,
     start: Start | None = None,
+    processes: Processes = ALONE,
 ) -> RunWriter:
     """Returns the writer of a new run's log, with its recipe beside it, or of the one to resume.
 
@@ -117,7 +155,9 @@ def start_log(
                 f"then, {now} now): put it back, or start a new run with another --out"
             )
     else:
-        writer = RunWriter.create(folder, run_attributes(recipe, folder, device, corpus, partition, start))
+        writer = RunWriter.create(
+            folder, run_attributes(recipe, folder, device, corpus, partition, start, processes)
+        )
     try:
         # For people; what --resume compares with is the log's own copy, which no kill can cut off.
         (folder / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
@@ -137,10 +177,11 @@ def run_attributes(
     corpus: Corpus | HubCorpus,
     partition: Partition,
     start: Start | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, object]:
     """Returns the root attributes of a log: everything needed to know where its numbers come from."""
     return {
-        **machine_attributes(folder, device, partition),
+        **machine_attributes(folder, device, partition, processes),
         "recipe": recipe.model_dump_json(),
         "seed": recipe.seed,
         "data": json.dumps(dict(corpus.fingerprint)),
@@ -148,7 +189,9 @@ def run_attributes(
     }
 
 
-def machine_attributes(folder: Path, device: torch.device, partition: Partition) -> dict[str, object]:
+def machine_attributes(
+    folder: Path, device: torch.device, partition: Partition, processes: Processes = ALONE
+) -> dict[str, object]:
     """Returns the root attributes that any run has: when it began, by which versions, on what, which blocks."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
@@ -158,6 +201,7 @@ def machine_attributes(folder: Path, device: torch.device, partition: Partition)
         "versions": json.dumps({"python": platform.python_version(), **versions}),
         "git_commit": _git_commit(),
         "device": f"{device} ({name}, {torch.get_num_threads()} threads)",
+        "processes": processes.count,
         "partition": json.dumps(partition.sizes),
     }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from hessprobe.errors import RunFailed, UserError
+from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.recipe import Recipe, VariantRecipe, build_recipe, differences
 from hessprobe.recipe.runs import variant_run, warm_up_run, with_seed
 from hessprobe.recipe.study import WARM_UP
@@ -23,7 +24,7 @@ from hessprobe.training.checkpoint import load_checkpoint
 from hessprobe.training.console import say, stderr
 from hessprobe.training.ending import Diverged, RunEnd
 from hessprobe.training.loop import train
-from hessprobe.training.setup import RECIPE_FILE
+from hessprobe.training.setup import RECIPE_FILE, check_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +44,20 @@ class VariantEnd:
         return f"learning rate {self.learning_rate:g}: {', '.join(str(e or 'diverged') for e in self.ends.values())}"
 
 
-def run_seeds(recipe: Recipe, out: Path, seeds: int, *, resume: bool = False) -> list[Path]:
+def run_seeds(
+    recipe: Recipe, out: Path, seeds: int, *, resume: bool = False, processes: Processes = ALONE
+) -> list[Path]:
     """Runs a recipe at `seeds` seeds from its own on, into out/seed-S; returns the runs' folders.
+
+    Args:
+        processes: see `train`.
 
     Raises:
         UserError: see `train`.
         RunFailed: a run diverged; the others were made all the same.
     """
     wanted = {out / f"seed-{seed}": with_seed(recipe, seed) for seed in _seeds(recipe, seeds)}
-    series = _Series(out, recipe, len(wanted), resume)
+    series = _Series(out, recipe, len(wanted), resume, processes)
     ends = {folder: series.run(folder, run, f"seed {run.seed}") for folder, run in wanted.items()}
     if failed := [str(folder) for folder, end in ends.items() if end is None]:
         raise RunFailed(
@@ -60,7 +66,9 @@ def run_seeds(recipe: Recipe, out: Path, seeds: int, *, resume: bool = False) ->
     return list(wanted)
 
 
-def run_study(recipe: Recipe, out: Path, *, resume: bool = False) -> list[VariantEnd]:
+def run_study(
+    recipe: Recipe, out: Path, *, resume: bool = False, processes: Processes = ALONE
+) -> list[VariantEnd]:
     """Makes every run of a recipe's study below `out`; returns how each variant did.
 
     out/warm-up/seed-S: what all start from. out/VARIANT/learning_rate-X/seed-S: the sweep at the first seed, and the
@@ -69,6 +77,7 @@ def run_study(recipe: Recipe, out: Path, *, resume: bool = False) -> list[Varian
 
     Args:
         resume: leaves runs that have ended as they are, and goes on with the one that was cut off.
+        processes: see `train`.
 
     Raises:
         UserError: see `train`; or a run there has another recipe.
@@ -79,7 +88,7 @@ def run_study(recipe: Recipe, out: Path, *, resume: bool = False) -> list[Varian
     first, *others = seeds = _seeds(recipe, study.seeds)
     sweeps = sum(len(variant.learning_rates) for variant in study.variants)
     warm_ups = len(seeds) if study.warm_up_steps else 0
-    series = _Series(out, recipe, warm_ups + sweeps + len(study.variants) * len(others), resume)
+    series = _Series(out, recipe, warm_ups + sweeps + len(study.variants) * len(others), resume, processes)
     starts: dict[int, str | None] = dict.fromkeys(seeds)
     for seed in seeds if warm_ups else ():
         folder = out / WARM_UP / f"seed-{seed}"
@@ -106,11 +115,19 @@ def run_study(recipe: Recipe, out: Path, *, resume: bool = False) -> list[Varian
 
 
 class _Series:
-    """One run after the other, each in its folder, and the word which of how many it is."""
+    """One run after the other, each in its folder, and the word which of how many it is.
 
-    def __init__(self, out: Path, recipe: Recipe, total: int, resume: bool) -> None:
-        self.total, self.done, self.resume = total, 0, resume
-        self.console = stderr()
+    Of several processes the first looks into the folders, and speaks.
+    """
+
+    def __init__(self, out: Path, recipe: Recipe, total: int, resume: bool, processes: Processes) -> None:
+        self.total, self.done, self.resume, self.processes = total, 0, resume, processes
+        self.console = stderr(quiet=not processes.is_first)
+        check_shares(recipe, processes)
+        processes.from_first(lambda: self._claim(out, recipe, resume))
+
+    def _claim(self, out: Path, recipe: Recipe, resume: bool) -> None:
+        """Writes the recipe into the folder of all runs."""
         if (out / "log.zarr").exists() or (not resume and (out / RECIPE_FILE).exists()):
             raise UserError(f"{out} holds runs already: go on with them by --resume, or give another --out")
         beside = out / f".{RECIPE_FILE}"
@@ -133,12 +150,12 @@ class _Series:
         """Makes one run, or goes on with it; returns None where it diverged."""
         self.done += 1
         self.say("run", f"{self.done} of {self.total}  {what}")
-        begun = (folder / "log.zarr").exists()
-        if begun and (end := _ended(folder, recipe)):
+        begun, end = self.processes.from_first(lambda: _found(folder, recipe))
+        if end:
             self.say("  ended", f"before: {end}")
             return end
         try:
-            end = train(recipe, folder, resume=begun)
+            end = train(recipe, folder, resume=begun, processes=self.processes)
         except Diverged as error:
             self.say("  failed", str(error))
             return None
@@ -146,12 +163,14 @@ class _Series:
         return end
 
 
-def _ended(folder: Path, wanted: Recipe) -> RunEnd | None:
-    """Returns how the run in a folder ended; None where it is still to be gone on with.
+def _found(folder: Path, wanted: Recipe) -> tuple[bool, RunEnd | None]:
+    """Returns whether a run was begun in a folder, and how it ended; None where it is still to be gone on with.
 
     Raises:
         UserError: it is a run of another recipe.
     """
+    if not (folder / "log.zarr").exists():
+        return False, None
     with RunWriter.reopen(folder) as writer:
         stored = build_recipe(json.loads(writer.attributes["recipe"]))
     # The same start may be written otherwise from another working directory; its weights are checked by hash.
@@ -163,8 +182,9 @@ def _ended(folder: Path, wanted: Recipe) -> RunEnd | None:
         )
     saved = load_checkpoint(folder, torch.device("cpu"))
     if not saved or not saved["ended"]:
-        return None
-    return RunEnd(steps=saved["step"], held_out_loss=saved["held_out_loss"], target=wanted.training.stop_at)
+        return True, None
+    end = RunEnd(steps=saved["step"], held_out_loss=saved["held_out_loss"], target=wanted.training.stop_at)
+    return True, end
 
 
 def _seeds(recipe: Recipe, count: int) -> list[int]:

@@ -107,15 +107,15 @@ def test_a_study_that_was_cut_off_goes_on_and_leaves_finished_runs_alone(tmp_pat
     out, wanted = tmp_path / "out", study_recipe(tmp_path)
     real, made = study_module.train, []
 
-    def dies(recipe, folder, *, resume=False):
+    def dies(recipe, folder, *, resume=False, processes):
         if len(made) == 4:  # in the second run of the sweep
             with monkeypatch.context() as patched:
                 patched.setattr(
                     "hessprobe.training.loop.Run._save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
                 )
-                real(recipe, folder, resume=resume)
+                real(recipe, folder, resume=resume, processes=processes)
         made.append(folder)
-        return real(recipe, folder, resume=resume)
+        return real(recipe, folder, resume=resume, processes=processes)
 
     with monkeypatch.context() as patched:
         patched.setattr(study_module, "train", dies)
@@ -170,7 +170,7 @@ def ended(steps: int, loss: float, target: float | None = 1.0) -> RunEnd:
     ],
 )
 def test_the_best_rate_of_a_sweep(tmp_path, monkeypatch, sweep, best):
-    def train(recipe, folder, *, resume=False):
+    def train(recipe, folder, *, resume=False, processes):
         end = sweep[recipe.optimizer.learning_rate]
         if end is None:
             raise Diverged("step 0: the loss is not finite")
@@ -185,7 +185,7 @@ def test_the_best_rate_of_a_sweep(tmp_path, monkeypatch, sweep, best):
 
 
 def test_where_every_rate_diverges_no_other_seed_is_run(tmp_path, monkeypatch, capsys):
-    def train(recipe, folder, *, resume=False):
+    def train(recipe, folder, *, resume=False, processes):
         raise Diverged("step 0: the loss is not finite")
 
     monkeypatch.setattr(study_module, "train", train)
@@ -201,7 +201,7 @@ def test_a_rate_at_the_edge_of_its_sweep_is_pointed_out(tmp_path, monkeypatch, c
     monkeypatch.setattr(
         study_module,
         "train",
-        lambda recipe, folder, *, resume=False: ended(3, recipe.optimizer.learning_rate),
+        lambda recipe, folder, *, resume=False, processes: ended(3, recipe.optimizer.learning_rate),
     )
     variants = [
         {"name": "low", "learning_rates": [0.1, 0.2]},
