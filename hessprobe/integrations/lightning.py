@@ -27,7 +27,8 @@ class ProbeCallback(Callback):
 
     Training ends in the same weights, bit for bit, as without. A step is a batch on which an optimizer moved, the first
     one 0, so accumulated micro-batches are one step, measured on all of them, and so are several optimizers' moves. The
-    number of steps travels with Lightning's checkpoints, so a resumed fit goes on in the same folder.
+    number of steps travels with Lightning's checkpoints, so a resumed fit goes on in the same folder. Under a strategy of
+    several processes (ddp) they measure together, each its share of all batches of the step; the first alone writes.
 
     Args:
         folder: of the run.
@@ -76,8 +77,6 @@ class ProbeCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Opens the log, or goes on with it where training is resumed."""
         self._moves, self._micro_batches = trainer.global_step, []
-        if not trainer.is_global_zero:
-            return
         strategy = type(trainer.strategy).__name__
         if strategy in SHARDED:
             raise UserError(

@@ -1,7 +1,8 @@
 """The instruments inside Hugging Face's Trainer: a callback that draws its own batches from the training set.
 
 A Trainer hands its callbacks no batch, so a row is measured on examples drawn from the training set, by seed and step
-alone, through a copy of the Trainer's own collator: training reads and shuffles as if nobody had looked.
+alone, through a copy of the Trainer's own collator: training reads and shuffles as if nobody had looked. Of several
+processes each collates its share of them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class ProbeCallback(TrainerCallback):
 
     Training ends in the same weights, bit for bit, as without. Causal and masked language models and classifiers are
     understood as they come (labels of -100 carry no loss); the loss is cross-entropy on the labels, whatever else a
-    Trainer may add to it (label smoothing, a balancing loss).
+    Trainer may add to it (label smoothing, a balancing loss). Under torchrun every process has the callback, as it has the
+    Trainer: they measure together, and the first alone writes.
 
     Args:
         folder: of the run; a training resumed from a checkpoint goes on in it.
@@ -39,7 +41,8 @@ class ProbeCallback(TrainerCallback):
             one 0. The seed defaults to the Trainer's.
         objective: model -> hessprobe.Objective, where the default does not fit: another loss, outputs elsewhere.
         batches: step -> batch or list of micro-batches to measure on, where the training set cannot be drawn from (a
-            stream) or something else is wanted. It must not move the data that training reads.
+            stream) or something else is wanted. It must not move the data that training reads. Of several processes each
+            returns its own part.
 
     Raises:
         UserError: when training starts: sharded parameters (FSDP, DeepSpeed), a training set that is a stream without
@@ -67,8 +70,6 @@ class ProbeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens the log, or goes on with it where training is resumed."""
-        if not state.is_world_process_zero:
-            return
         if args.deepspeed or args.fsdp:
             raise UserError(
                 "ProbeCallback cannot read parameters that DeepSpeed or FSDP have sharded: train with "
@@ -120,13 +121,15 @@ class _TrainingSet:
         self.collate = copy.deepcopy(loader.collate_fn)
         self.sequences = max(recorder.sequences, 1)
         self.size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or self.sequences
+        self.processes = recorder.processes
 
     def __call__(self, step: int) -> list[Any]:
         # Called where all global random states are put back afterwards: masks and crops follow from (seed, step) too.
-        set_seed((self.seed * 1_000_003 + step) % 2**32)
+        set_seed((self.seed * 1_000_003 + step + 500_009 * self.processes.rank) % 2**32)
         wanted = min(self.sequences, len(self.dataset))
         drawn = random.Random(f"{self.seed}/{step}").sample(range(len(self.dataset)), wanted)
+        own = drawn[self.processes.part(wanted)]
         return [
-            self.collate([self.dataset[i] for i in drawn[start : start + self.size]])
-            for start in range(0, wanted, self.size)
+            self.collate([self.dataset[i] for i in own[start : start + self.size]])
+            for start in range(0, len(own), self.size)
         ]

@@ -17,6 +17,7 @@ from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.schedule import learning_rate_factor
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.processes import ProcessLost
 
 BASELINES = (*SOLVERS, "kfac", "ekfac")
 BASELINE_REFRESH = {**REFRESH, "kfac": 1, "ekfac": 1}
@@ -126,6 +127,8 @@ class FirstOrderOptimizer:
                 break
             try:
                 found, extra = self._take(group, gradient, self._rate(i, len(groups)))
+            except ProcessLost:
+                raise
             except RunFailed as error:
                 outcome = f"diverged: {error}"
                 break

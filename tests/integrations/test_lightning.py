@@ -206,7 +206,7 @@ def test_a_training_that_breaks_off_keeps_its_rows_and_frees_the_folder(tmp_path
 
 def test_sharded_strategies_are_refused_by_name(tmp_path):
     class Sharded:
-        global_step, is_global_zero, optimizers = 0, True, ()
+        global_step, optimizers = 0, ()
         strategy = type("FSDPStrategy", (), {})()
 
     with pytest.raises(UserError, match="FSDPStrategy has sharded"):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -242,6 +243,13 @@ def test_a_stream_needs_batches_of_its_own(tmp_path, monkeypatch):
     )
     assert same_weights(bare, probed)
     assert tables(tmp_path / "run")["cross_layer"].failure.values.tolist() == [""] * 2
+
+
+@pytest.mark.parametrize("setting", ["fsdp", "deepspeed"])
+def test_sharded_trainers_are_refused(tmp_path, setting):
+    args = SimpleNamespace(**{"fsdp": "", "deepspeed": None} | {setting: "full_shard"})
+    with pytest.raises(UserError, match="DeepSpeed or FSDP have sharded: train with DistributedDataParallel"):
+        ProbeCallback(tmp_path / "run").on_train_begin(args, None, None, model=None)
 
 
 def test_a_mistake_is_said_before_the_first_step(tmp_path):

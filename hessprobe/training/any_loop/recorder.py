@@ -1,37 +1,37 @@
 """The instruments in anybody's training loop: one call a step, which returns at once unless a probe is due.
 
 theta is copied at the call before a due step, so that a row knows the update that was made: it is measured at theta
-BEFORE the step, as in hessprobe's own runs, and the update is what training added until the call.
+BEFORE the step, as in hessprobe's own runs, and the update is what training added until the call. The processes of a
+data-parallel loop put their batches together, and each measures its share of them.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hessprobe.errors import UserError
-from hessprobe.optimization.running import RunningOptimizer
-from hessprobe.probes.probe import Probe, Snapshot
+from hessprobe.probes.probe import Probe
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.processes import Processes, ProcessLost
 from hessprobe.store.writer import RunWriter
-from hessprobe.training.any_loop.chosen_probes import Chosen, choose
-from hessprobe.training.any_loop.one_process import check_whole, is_follower
-from hessprobe.training.any_loop.probe_batches import first_sequences, placed
-from hessprobe.training.any_loop.torch_optimizers import running
+from hessprobe.training.any_loop.chosen_probes import Chosen, ChosenProbes, choose
+from hessprobe.training.any_loop.measuring import Measuring, names
+from hessprobe.training.any_loop.meeting import Meeting
+from hessprobe.training.any_loop.sharded_parameters import check_whole
 from hessprobe.training.any_loop.undisturbed import undisturbed
 from hessprobe.training.probe_schedule import Schedule
-from hessprobe.training.recorder import Measurement, ProbeRecorder
+from hessprobe.training.recorder import Measurement, NothingWritten, ProbeRecorder, RowWriter
 from hessprobe.training.setup import machine_attributes
 
 LOGGER = logging.getLogger("hessprobe")
@@ -45,8 +45,14 @@ class Recorder:
     batch. It never changes training: weights, gradients, random states, buffers, modes and hooks stay bit for bit. What
     goes wrong in a measurement is written into its row and logged (logger "hessprobe"); training goes on.
 
+    Where torch.distributed has several processes, EVERY ONE makes a recorder and calls it after the same steps, with its
+    own batch of each: a row is measured on the union of their batches, in the processes' order, each process measures
+    its share, and the first alone writes. Made or called by the first alone, it would wait for the others: it says so
+    after 30 seconds, and gives up after 5 minutes. Parameters sharded by FSDP2 (fully_shard) take cross_layer alone, from
+    layer kernels, at theta after the step: curvature along the update is not known then.
+
     Args:
-        folder: of the run.
+        folder: of the run. Only the first process's counts.
         objective: the model and its loss; a model alone means cross-entropy.
         probes: names ("cross_layer", "gn_hessian", "preconditioner"), names with the options of their section of a
             recipe ({"cross_layer": {"sequences": 16}}), or Probe objects; in a list, or one mapping.
@@ -60,13 +66,17 @@ class Recorder:
         first_step: the number of the first call's step, so that its update is known too.
         resume: go on with the run in the folder, if there is one.
         seed: of the probes' random vectors.
+        processes: who records together; default: all processes of torch.distributed, in groups of their own. With
+            hessprobe.problem.processes.ALONE this process records its own batches alone, whatever others do.
 
     Raises:
-        UserError: no trainable parameters, sharded ones, an unknown probe or option, a schedule that is none, a folder
-            that cannot be written or holds a run already.
+        UserError: no trainable parameters, a probe that sharded ones cannot have, an unknown probe or option, a schedule
+            that is none, a folder that cannot be written or holds a run already; in every process, where one of them met it.
+            Processes that have not come within 5 minutes, or that differ in what they ask for.
 
     Cost: a step that is not due takes some microseconds, the step before a due one a copy of theta (p numbers, held
-    until then), and of the optimizer's state where the preconditioner probe is due.
+    until then), and of the optimizer's state where the preconditioner probe is due. The first sequences of the processes'
+    batches travel to all of them, and what the sums over processes move (see Processes.total).
     """
 
     def __init__(
@@ -83,30 +93,42 @@ class Recorder:
         first_step: int = 0,
         resume: bool = False,
         seed: int = 0,
+        processes: Processes | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.objective = objective if isinstance(objective, Objective) else Objective(objective)
-        self.model = self.objective.model
-        chosen = choose(probes, every, sequences=sequences, seed=seed)
-        check_whole(self.model)
-        self.partition = (
-            partition if isinstance(partition, Partition) else Partition.of(self.model, partition)
-        )
+        given = objective if isinstance(objective, Objective) else Objective(objective)
+        if processes is None and given.processes.count > 1:
+            processes = given.processes
+        self.model, self.seed, self.active = given.model, seed, True
         optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         self.optimizers = [one for one in optimizers if one is not None]
-        self.seed = seed
-        self.active = not is_follower()
         self._last, self._seen_wrong, self._reasons = first_step - 1, False, {}
-        self._before: tuple[int, Tensor, RunningOptimizer | None] | None = None
-        self._next: tuple[int, list[Probe]] = (first_step, [])
-        if self.active:
-            writer = self._writer(resume, chosen.recipe)
-            try:
+        self._meeting = Meeting(processes, next(self.model.parameters(), torch.empty(0)).device)
+        self.processes = self._meeting.processes
+        self._agreed = self.processes.count == 1  # on the number of the first call's step
+        self.objective = copy.copy(given)
+        self.objective.processes = self.processes
+        writer: RowWriter = NothingWritten()
+        try:
+            with self.processes.together():
+                chosen = choose(probes, every, sequences=sequences, seed=seed)
+                check_whole(self.model, chosen.probes)
+                self.partition = (
+                    partition if isinstance(partition, Partition) else Partition.of(self.model, partition)
+                )
+                asked = {"steps": steps, "first_step": first_step, "resume": resume}
+                self._meeting.check_alike({**asked, **_settings(chosen, self.partition)})
+                if self.processes.is_first:
+                    writer = self._writer(resume, chosen.recipe)
                 self._recorder = ProbeRecorder(writer, chosen.probes, self.partition, steps, chosen.schedules)
-            except BaseException:
-                writer.close()
-                raise
-            self._look_ahead(first_step)
+        except BaseException:
+            writer.close()
+            self._meeting.leave()
+            raise
+        self._measuring = Measuring(
+            self.objective, self.partition, self.optimizers, seed, self._meeting, self._recorder
+        )
+        self._look_ahead(first_step)
 
     def __call__(
         self, step: int, batch: Batch | list[Batch] | Callable[[], Batch | list[Batch]]
@@ -116,7 +138,8 @@ class Recorder:
         Args:
             step: optimizer steps done before the one just made.
             batch: what the step was made on: a batch or, with gradient accumulation, the list of its micro-batches; or a
-                function that returns it, called only when a probe is due. Probes read its first sequences.
+                function that returns it, called only when a probe is due. Probes read its first sequences. Of several
+                processes each gives its own, of any size.
         """
         if not self.active:
             return ()
@@ -124,6 +147,8 @@ class Recorder:
         if step <= self._last:
             return self._out_of_order(step)
         self._last = step
+        if not self._agreed and not self._agree(step):
+            return ()
         due = self._next[1] if self._next[0] == step else self._recorder.due(step)
         found = self._measured(step, due, batch) if due else ()
         if self.active:
@@ -132,7 +157,7 @@ class Recorder:
 
     def due(self, step: int) -> list[str]:
         """Returns the names of the probes that measure at a step."""
-        return [probe.name for probe in self._recorder.due(step)] if self.active else []
+        return names(self._recorder.due(step)) if self.active else []
 
     @property
     def sequences(self) -> int:
@@ -141,9 +166,10 @@ class Recorder:
 
     def close(self) -> None:
         """Ends the recording; nothing is pending, so a process that dies without it loses nothing."""
-        if hasattr(self, "_recorder"):
-            self._recorder.writer.close()
-        self.active, self._before = False, None
+        self._recorder.writer.close()
+        self._meeting.leave()
+        self._measuring.forget()
+        self.active = False
 
     def __enter__(self) -> Recorder:
         return self
@@ -158,7 +184,7 @@ class Recorder:
             if resume and (self.folder / "log.zarr").exists():
                 return RunWriter.reopen(self.folder)
             device = next(self.model.parameters()).device
-            attributes = machine_attributes(self.folder, device, self.partition)
+            attributes = machine_attributes(self.folder, device, self.partition, self.processes)
             return RunWriter.create(
                 self.folder, {**attributes, "seed": self.seed, "recipe": json.dumps(recipe)}
             )
@@ -167,70 +193,40 @@ class Recorder:
 
     def _look_ahead(self, step: int) -> None:
         """Notes what is due at the coming step, and if anything is, theta and the optimizer as they are before it."""
-        due = self._recorder.due(step)
-        self._next = step, due
-        self._before = None
-        if not due:
-            return
+        self._next = step, self._recorder.due(step)
         try:
-            optimizer = None
-            if self.optimizers and any(probe.needs_optimizer for probe in due):
-                optimizer = running(self.optimizers, self.model, self.partition)
-            self._before = step, _measurable(self.partition.vector(self.model)), optimizer
+            self._measuring.keep_before(*self._next)
         except Exception as error:  # most likely no memory for a copy: the row then has no update
             self._say(step, "update", f"theta before the step could not be kept: {error}")
+
+    def _agree(self, step: int) -> bool:
+        """Compares the processes' steps at the first call, due or not; ends the recording where they differ."""
+        self._agreed = True
+        try:
+            self._meeting.check_step(step)
+        except Exception as error:
+            self._stop(step, error)
+        return self.active
 
     def _measured(self, step: int, due: Sequence[Probe], batch: Any) -> list[Measurement]:
         found: list[Measurement] = []
         try:
             with undisturbed(self.model):
-                start = time.perf_counter()
-                try:
-                    snapshot = self._snapshot(step, batch() if callable(batch) else batch)
-                except Exception as error:
-                    seconds = time.perf_counter() - start
-                    found = [self._recorder.fail(probe, step, error, seconds) for probe in due]
-                else:
-                    found = [self._row(probe, snapshot) for probe in due]
-        except Exception as error:  # no row can be written any more
-            LOGGER.error("step %d: %s. Recording has stopped; training goes on", step, error)
-            self.close()
+                found = self._measuring.rows(step, due, batch)
+        except Exception as error:  # no row can be written any more, or not by all processes
+            self._stop(step, error)
         for measurement in found:
-            if measurement.failure:
+            if measurement.failure and self.processes.is_first:  # the others say the same
                 self._say(step, measurement.probe, measurement.failure)
         return found
 
-    def _row(self, probe: Probe, snapshot: Snapshot) -> Measurement:
-        start = time.perf_counter()
-        try:
-            own = replace(snapshot, batches=first_sequences(self.objective, snapshot.batches, probe))
-        except Exception as error:
-            return self._recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
-        try:
-            return self._recorder.record(probe, own)
-        except (
-            ValueError
-        ) as error:  # a row that does not fit the probe's own table, or (UserError) a full disk
-            if isinstance(error, UserError):
-                raise
-            return self._recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
-
-    def _snapshot(self, step: int, batch: Any) -> Snapshot:
-        theta = _measurable(self.partition.vector(self.model))
-        before, optimizer = None, None
-        if self._before is not None and self._before[0] == step:
-            _, before, optimizer = self._before
-        self._before = None
-        return Snapshot(
-            step=step,
-            objective=self.objective,
-            partition=self.partition,
-            parameters=theta if before is None else before,
-            batches=self.objective.micro_batches(placed(batch, theta.device)),
-            update=None if before is None else theta.sub_(before),
-            seed=self.seed,
-            optimizer=optimizer,
-        )
+    def _stop(self, step: int, error: Exception) -> None:
+        """Ends the recording, not the training."""
+        lost = isinstance(error, ProcessLost)
+        if lost or self.processes.is_first:
+            goes_on = "" if lost else "; training goes on"
+            LOGGER.error("step %d: %s. Recording has stopped%s", step, error, goes_on)
+        self.close()
 
     def _say(self, step: int, what: str, reason: str) -> None:
         """Logs a failure, once as long as its reason stays the same."""
@@ -251,6 +247,7 @@ class Recorder:
         return ()
 
 
-def _measurable(theta: Tensor) -> Tensor:
-    """Returns theta in at least float32: curvature in half precision is noise."""
-    return theta.float() if theta.dtype in (torch.float16, torch.bfloat16) else theta
+def _settings(chosen: ChosenProbes, partition: Partition) -> dict[str, object]:
+    """Returns what follows from a recorder's arguments, and must be alike in all processes."""
+    schedules = {name: str(schedule) for name, schedule in chosen.schedules.items()}
+    return {"probes and their options": chosen.recipe, "schedules": schedules, "blocks": partition.sizes}

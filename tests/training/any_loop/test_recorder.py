@@ -375,16 +375,6 @@ def test_a_full_disk_ends_the_recording_not_the_training(tmp_path, monkeypatch, 
     assert "no space left on disk. Recording has stopped; training goes on" in caplog.text
 
 
-def test_other_processes_of_a_distributed_run_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    loop = plain()
-    with recorder(tmp_path / "run", loop, every=1) as held:
-        assert held(0, next(batches(1))) == ()
-        assert held.due(0) == []
-    assert not (tmp_path / "run").exists()
-
-
 def test_half_precision_weights_are_measured_in_float32(tmp_path):
     model, probe = build(counted=False).bfloat16(), Seen()
     model[1].float()  # batch statistics stay
@@ -416,15 +406,6 @@ def test_a_mistake_in_the_call_is_said_before_training(tmp_path, name):
     with pytest.raises(UserError, match=said):
         Recorder(tmp_path / "run", model, **{"probes": "cross_layer", "partition": "module", **options})
     assert not (tmp_path / "run").exists()
-
-
-def test_sharded_parameters_are_refused_by_name(tmp_path):
-    model = build()
-    model[0].weight.placements = ("Shard(0)",)  # as a DTensor's
-    with pytest.raises(
-        UserError, match=r"parameters are sharded over devices \(1 of them, such as '0.weight'\)"
-    ):
-        Recorder(tmp_path / "run", model, partition="module")
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path):

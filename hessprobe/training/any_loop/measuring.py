@@ -1,0 +1,169 @@
+"""One due step measured: theta as it was before it, the batches of all processes, and a row of every probe that is due.
+
+Whatever happens to one process, all make the same collectives: what can fail in one alone is told the others with its part
+of the batch, or is inside a region that all leave together (Processes.together).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessprobe.errors import UserError
+from hessprobe.optimization.running import RunningOptimizer
+from hessprobe.probes.probe import Probe, Snapshot
+from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.partition import Partition
+from hessprobe.problem.processes import ProcessLost
+from hessprobe.problem.shares import is_sharded
+from hessprobe.training.any_loop.meeting import Meeting, OutOfStep, Part
+from hessprobe.training.any_loop.probe_batches import first_sequences, own_sequences, placed
+from hessprobe.training.any_loop.torch_optimizers import running
+from hessprobe.training.recorder import Measurement, ProbeRecorder
+
+
+class Measuring:
+    """Measures what is due into the rows of a ProbeRecorder.
+
+    Args:
+        objective: with the meeting's processes.
+        optimizers: what trains.
+        seed: of the probes' random vectors.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        partition: Partition,
+        optimizers: Sequence[Any],
+        seed: int,
+        meeting: Meeting,
+        recorder: ProbeRecorder,
+    ) -> None:
+        self.objective, self.partition, self.optimizers, self.seed = objective, partition, optimizers, seed
+        self.meeting, self.processes, self.recorder = meeting, meeting.processes, recorder
+        self.sharded = is_sharded(objective.model)
+        self._before: tuple[int, Tensor, RunningOptimizer | None] | None = None
+
+    def keep_before(self, step: int, due: Sequence[Probe]) -> None:
+        """Keeps theta, and the optimizer where a probe asks for it, as they are before a step that is due.
+
+        Nothing of sharded parameters: they are measured as they are after the step, and the update is not known.
+        """
+        self._before = None
+        if due and not self.sharded:
+            optimizer = None
+            if self.optimizers and any(probe.needs_optimizer for probe in due):
+                optimizer = running(self.optimizers, self.objective.model, self.partition)
+            self._before = step, self._theta(), optimizer
+
+    def forget(self) -> None:
+        """Frees what was kept."""
+        self._before = None
+
+    def rows(self, step: int, due: Sequence[Probe], batch: Any) -> list[Measurement]:
+        """Measures and writes the rows that are due, a failed one with its reason.
+
+        Raises:
+            UserError: the disk is full.
+            OutOfStep: the processes are not at the same step; the rows say so.
+            ProcessLost: another process has died or does not come; the rows say so.
+        """
+        found: list[Measurement] = []
+        start = time.perf_counter()
+        try:
+            try:
+                snapshot = self._snapshot(step, due, batch)
+            except ProcessLost:
+                raise
+            except Exception as error:  # in all processes: in this one, or told by another
+                with self.processes.together():
+                    seconds = time.perf_counter() - start
+                    found = [self.recorder.fail(probe, step, error, seconds) for probe in due]
+                if isinstance(error, OutOfStep):
+                    raise
+            else:
+                for probe in due:
+                    found.append(self._row(probe, snapshot))
+        except ProcessLost as error:
+            with suppress(Exception):
+                for probe in due[len(found) :]:
+                    self.recorder.fail(probe, step, error, time.perf_counter() - start)
+            raise
+        return found
+
+    def _row(self, probe: Probe, snapshot: Snapshot) -> Measurement:
+        with self.processes.together():
+            start = time.perf_counter()
+            try:
+                own = snapshot.batches
+                if not self.sharded or self.processes.count == 1:  # else each has brought its part of them
+                    own = first_sequences(self.objective, own, probe.sequences)
+            except UserError as error:  # they cannot be cut, in no process
+                return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
+            try:
+                return self.recorder.record(probe, replace(snapshot, batches=own))
+            except UserError:  # a full disk
+                raise
+            except ValueError as error:  # a row that does not fit the probe's own table
+                return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
+
+    def _snapshot(self, step: int, due: Sequence[Probe], batch: Any) -> Snapshot:
+        before, optimizer = None, None
+        if self._before is not None and self._before[0] == step:
+            _, before, optimizer = self._before
+        self._before = None
+        if self.processes.count == 1:
+            batches = batch() if callable(batch) else batch
+        else:
+            solver = "no optimizer" if optimizer is None else f"optimizer {optimizer.solver!r}"
+            known = "" if before is None else f"theta and {solver}"
+            batches, alike = self.meeting.all_parts(
+                step, tuple(names(due)), lambda: self._part(due, batch, known)
+            )
+            before, optimizer = (before, optimizer) if alike else (None, None)
+        with self.processes.together():
+            theta = self._theta()
+            return Snapshot(
+                step=step,
+                objective=self.objective,
+                partition=self.partition,
+                parameters=theta if before is None else before,
+                batches=self.objective.micro_batches(placed(batches, theta.device)),
+                update=None if before is None else theta.sub_(before),
+                seed=self.seed,
+                optimizer=optimizer,
+            )
+
+    def _part(self, due: Sequence[Probe], batch: Batch, known: str) -> Part:
+        """Returns what this process brings to the rows: as many of its sequences as any of them reads."""
+        given, limit = batch() if callable(batch) else batch, max(probe.sequences for probe in due)
+        weights = 0.0, 0.0
+        if self.sharded:  # a pass needs all processes, so each must have its own sequences to run
+            limit = max(1, limit // self.processes.count)
+        else:
+            theta = self.partition.vector(self.objective.model)
+            weights = float(theta.sum(dtype=torch.float64)), float(theta.norm(dtype=torch.float64))
+        return Part(
+            batches=own_sequences(self.objective, given, limit),
+            known=known,
+            weights=weights,
+        )
+
+    def _theta(self) -> Tensor:
+        """Returns theta in at least float32: curvature in half precision is noise. Empty where it is sharded."""
+        if self.sharded:
+            return torch.empty(0, device=next(self.objective.model.parameters()).device)
+        theta = self.partition.vector(self.objective.model)
+        return theta.float() if theta.dtype in (torch.float16, torch.bfloat16) else theta
+
+
+def names(probes: Iterable[Probe]) -> list[str]:
+    """Returns the probes' names."""
+    return [probe.name for probe in probes]
