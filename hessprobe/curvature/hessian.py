@@ -154,8 +154,9 @@ class Hessian(ModelOperator):
     def _own(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         if self._keep and self.pieces:
             try:
-                if not self._compared:
-                    self._compare(self.pieces[0])
+                with_targets = [piece for piece in self.pieces if self.objective.tokens(piece)]
+                if with_targets and not self._compared:
+                    self._compare(with_targets[0])
                 return self._over_batches(self._by_kept_graph, v, columns, rows)
             except (RuntimeError, NotImplementedError, MemoryError):
                 # No memory, or no second derivatives in reverse mode: forward mode may still have them.

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from hessprobe.curvature.gradient_graph import GradientGraph
+from hessprobe.curvature.hessian import Hessian
 from hessprobe.curvature.residual import Residual
 from tests import models, oracles
 from tests.cases import Case, masked
@@ -33,6 +35,17 @@ def test_products_equal_the_oracle(zoo_case: Zoo, name: str, engine: str, k: int
     product = residual(case, engine=engine).apply(v)
     assert not product.requires_grad
     assert oracles.relative_error(product, v @ case.truth.residual) < EXACT
+
+
+@pytest.mark.parametrize("kind", [Hessian, Residual])
+def test_a_first_micro_batch_without_a_target_changes_nothing(zoo_case: Zoo, kind: type[Hessian]) -> None:
+    case = zoo_case("decoder")
+    x, y = case.problem.batches[0]
+    batches = [(x, torch.full_like(y, models.IGNORED)), *case.problem.batches]
+    v = case.rows(2)
+    kept = kind(case.objective, batches, case.partition).linearised(2**30)
+    wanted = kind(case.objective, case.problem.batches, case.partition).apply(v)
+    assert oracles.relative_error(kept.apply(v), wanted) < EXACT and kept.from_graphs
 
 
 @pytest.mark.parametrize("name", ["layernorm", "decoder_tied", "decoder_swiglu_layernorm"])
