@@ -87,7 +87,7 @@ class CrossLayerProbe(Probe):
         """Returns what one row costs, in gradients of the probe's batch.
 
         Args:
-            kernels: what the layer kernels of a row took, every attempt's rounds; default: one attempt that fits.
+            kernels: what the layer kernels of a row took, every attempt's rounds; default: all attempts that it may make.
         """
         layers = len(partition)
         if kernels is not None:
@@ -95,7 +95,7 @@ class CrossLayerProbe(Probe):
         elif self.recipe.uses_kernels:
             # Forward, activations' backward and weights' gradients a round; a Gram matrix is m^2 p multiply-adds, where
             # a gradient is 3 p a token.
-            norms = (1 + 2 * self.recipe.rounds) / 3
+            norms = sum((1 + 2 * rounds) / 3 for rounds in self.recipe.attempts)
         else:
             a_product, once = {"gauss_newton": (4, 2), "hessian": (6, 3), "residual": (10, 5)}[
                 self.recipe.matrix
@@ -146,7 +146,8 @@ class CrossLayerProbe(Probe):
         theta = snapshot.parameters if directions else None
         if self._plan is None:
             self._plan = verified_plan(objective, snapshot.batches, partition, theta)
-        rounds, spent = self.recipe.rounds, 0.0
+        first, *again = self.recipe.attempts
+        rounds, spent = first, 0.0
         generator = snapshot.generator(self.name)
         while True:
             found = layer_kernels(
@@ -166,11 +167,10 @@ class CrossLayerProbe(Probe):
             coupling = found.coupling(self.recipe.quantity)
             off_diagonal = ~torch.eye(len(partition), dtype=torch.bool)
             error = float(coupling.stderr[off_diagonal].mean()) if len(partition) > 1 else 0.0
-            wanted = self.recipe.coupling_error
-            if wanted is None or error <= wanted or rounds >= self.recipe.most_rounds:
+            if not again or error <= (self.recipe.coupling_error or 0.0):
                 break
             # Fresh sketches each time: an error that was small by luck must not be kept because it was small.
-            rounds = min(2 * rounds, self.recipe.most_rounds)
+            rounds = again.pop(0)
         quantity, place = self.recipe.quantity, self._places(found)
         unknown = torch.full_like(found.kernel[..., 0], torch.nan)
         alignment = torch.stack([found.alignment.get(name, unknown) for name in DIRECTIONS])

@@ -70,6 +70,14 @@ class CrossLayerRecipe(Section):
         return self.method == "kernels" and self.matrix == "gauss_newton"
 
     @property
+    def attempts(self) -> tuple[int, ...]:
+        """The rounds a row takes: those it begins with, then twice as many each time until `coupling_error` is met."""
+        found, most = [self.rounds], self.most_rounds
+        while found[-1] < most:
+            found.append(min(2 * found[-1], most))
+        return tuple(found)
+
+    @property
     def most_rounds(self) -> int:
         """The most rounds a row can take."""
         return self.rounds if self.coupling_error is None else max(self.rounds, self.max_rounds)
