@@ -14,7 +14,8 @@ from hessprobe.analysis.coupling import (
 )
 from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.rows import sound_rows
-from hessprobe.analysis.trend import STANDARD_ERRORS, Trend, standard_errors_of_largest, trend
+from hessprobe.analysis.trend import STANDARD_ERRORS, standard_errors_of_largest, trend
+from hessprobe.analysis.trend_finding import trend_finding
 from hessprobe.analysis.wording import basis, counted, percent, plus_minus
 
 
@@ -203,7 +204,8 @@ def off_block_trend(table: xr.Dataset) -> Finding | None:
     errors = energy["off_block_energy_stderr"].values
     each = basis(rows.isel(step=-1)) if errors.size else ""
     line = trend(energy["step"].values, energy["off_block_energy"].values, errors)
-    return _over_training("off_block_energy_trend", "the share of ‖G‖² between layers", line, each)
+    what = "the share of ‖G‖² between layers"
+    return None if line is None else trend_finding("off_block_energy_trend", what, line, each, share=True)
 
 
 def update_share_trend(table: xr.Dataset) -> Finding | None:
@@ -211,29 +213,5 @@ def update_share_trend(table: xr.Dataset) -> Finding | None:
     rows, shares = _update_shares(table)
     line = trend(rows["step"].values, shares)
     each = basis(rows.isel(step=-1), exact=True) if shares.size else ""
-    return _over_training(
-        "cross_share_trend", "the share of the update's curvature between layers", line, each
-    )
-
-
-def _over_training(name: str, quantity: str, line: Trend | None, each: str) -> Finding | None:
-    if line is None:
-        return None
-    span = f"from step {line.first_step:,} to {line.last_step:,}"
-    size = plus_minus(100 * abs(line.change), 100 * line.stderr, "percentage points")
-    signed = plus_minus(100 * line.change, 100 * line.stderr, "percentage points")
-    sentence = (
-        f"Over training, {quantity} {'rises' if line.change > 0 else 'falls'} by {size} {span}."
-        if line.resolved
-        else f"Over training, {quantity} shows no resolved trend {span} ({signed})."
-    )
-    through = f"straight line through {counted(line.rows, 'measured step')}"
-    return Finding(
-        name=name,
-        sentence=sentence,
-        value=line.change,
-        stderr=line.stderr,
-        basis=f"{through}; {each} each" if each else through,
-        steps=(line.first_step, line.last_step),
-        resolved=line.resolved,
-    )
+    what = "the share of the update's curvature between layers"
+    return None if line is None else trend_finding("cross_share_trend", what, line, each, share=True)

@@ -23,7 +23,8 @@ from hessprobe.analysis.discrepancy_step_findings import (
     update_curvature,
 )
 from hessprobe.analysis.finding import Finding
-from hessprobe.analysis.trend import Trend, trend
+from hessprobe.analysis.trend import trend
+from hessprobe.analysis.trend_finding import trend_finding
 from hessprobe.analysis.wording import basis, counted, percent, plus_minus
 
 
@@ -48,7 +49,7 @@ def discrepancy_trends(table: xr.Dataset) -> list[Finding]:
         along = trend(ratio["step"].values, ratio.sel(direction="update").values)
         lines.append(("update_curvature_trend", "d·Hd / d·Gd along the update", along))
     each = basis(table.sel(step=int(rows["step"][-1])), exact=True) if rows.sizes["step"] else ""
-    return [_over_training(name, what, line, each) for name, what, line in lines if line is not None]
+    return [trend_finding(name, what, line, each) for name, what, line in lines if line is not None]
 
 
 def gap(table: xr.Dataset) -> Finding | None:
@@ -197,26 +198,6 @@ def negative_share(table: xr.Dataset) -> Finding | None:
         basis=_lanczos(table, step),
         steps=(step,),
         resolved=resolved,
-    )
-
-
-def _over_training(name: str, quantity: str, line: Trend, each: str) -> Finding:
-    span = f"from step {line.first_step:,} to {line.last_step:,}"
-    sentence = (
-        f"Over training, {quantity} {'rises' if line.change > 0 else 'falls'} by "
-        f"{plus_minus(abs(line.change), line.stderr)} {span}."
-        if line.resolved
-        else f"Over training, {quantity} shows no resolved trend {span} ({plus_minus(line.change, line.stderr)})."
-    )
-    through = f"straight line through {counted(line.rows, 'measured step')}"
-    return Finding(
-        name=name,
-        sentence=sentence,
-        value=line.change,
-        stderr=line.stderr,
-        basis=f"{through}; {each} each" if each else through,
-        steps=(line.first_step, line.last_step),
-        resolved=line.resolved,
     )
 
 
