@@ -183,9 +183,8 @@ class _Sweep:
     def run(self, number: int) -> list[Tensor]:
         """Runs one micro-batch and returns the cotangents (n, c) of each round."""
         stream, taps = self.stream, list(self.taps)
-        if (
-            taps and stream.sharded
-        ):  # their parameters ask for gradients, so a graph must begin at any of them
+        if taps and stream.sharded:
+            # Their parameters ask for gradients, so a graph must begin at any of them.
             taps = list(stream.plan.taps)
         batch, last = stream.batches[number], number == len(stream.batches) - 1
         draws = [lambda z, y, r=r: stream.cotangents(number, r, z, y) for r in range(stream.rounds)]

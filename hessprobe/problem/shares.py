@@ -53,7 +53,7 @@ def share_of(objective: Objective, batches: list[Batch]) -> list[Share]:
     found, first = [], 0
     for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
         start, stop = max(0, mine.start - first), min(count, mine.stop - first)
-        if stop - start != count and not _can_be_cut(objective, batch, count):
+        if 0 < stop - start < count and not _can_be_cut(objective, batch, count):
             start, stop = (0, count) if mine.start <= first < mine.stop else (0, 0)
         if start < stop:
             part = batch if stop - start == count else cut(batch, start, stop, count)
