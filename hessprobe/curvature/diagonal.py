@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.problem.losses import Loss
-from hessprobe.problem.objective import Batch, Objective, measuring, pull_back, with_parameters
+from hessprobe.problem.measuring import measuring, with_parameters
+from hessprobe.problem.objective import Batch, Objective, pull_back
 from hessprobe.problem.partition import Partition
 
 

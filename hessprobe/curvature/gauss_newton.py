@@ -19,8 +19,9 @@ from hessprobe.curvature.linearisation import Linearisation, NotLinearisable
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
 from hessprobe.curvature.tangents import linearised, reverse_tangents
+from hessprobe.problem.measuring import measuring, with_parameters
 from hessprobe.problem.memory import is_out_of_memory
-from hessprobe.problem.objective import Batch, Objective, measuring, with_parameters
+from hessprobe.problem.objective import Batch, Objective
 
 
 class GaussNewton(ModelOperator):

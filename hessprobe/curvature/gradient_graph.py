@@ -12,7 +12,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from hessprobe.problem.objective import Batch, Objective, with_parameters
+from hessprobe.problem.measuring import with_parameters
+from hessprobe.problem.objective import Batch, Objective
 
 
 class GradientGraph:

@@ -21,8 +21,9 @@ from torch import Tensor
 from hessprobe.curvature.gradient_graph import GradientGraph
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
+from hessprobe.problem.measuring import measuring
 from hessprobe.problem.memory import is_out_of_memory
-from hessprobe.problem.objective import Batch, measuring
+from hessprobe.problem.objective import Batch
 
 
 class Hessian(ModelOperator):

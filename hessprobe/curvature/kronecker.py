@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from hessprobe.curvature.kronecker_factors import KINDS, KroneckerBlock, KroneckerFactors
 from hessprobe.curvature.summed_outputs import LOSSES, SummedOutputs, counted, module_of, undisturbed
 from hessprobe.errors import RunFailed, UserError, unknown_name
-from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.measuring import measuring
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
 FISHERS = ("mc", "exact", "empirical")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hessprobe.curvature.first_order import first_order
-from hessprobe.problem.objective import Batch, Objective, with_parameters
+from hessprobe.problem.measuring import with_parameters
+from hessprobe.problem.objective import Batch, Objective
 
 
 class NotLinearisable(RuntimeError):

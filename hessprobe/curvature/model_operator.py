@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.problem.measuring import measuring
 from hessprobe.problem.memory import is_out_of_memory
-from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import Share
 

@@ -8,8 +8,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from hessprobe.problem.measuring import with_parameters
 from hessprobe.problem.memory import is_out_of_memory
-from hessprobe.problem.objective import Batch, Objective, with_parameters
+from hessprobe.problem.objective import Batch, Objective
 
 
 def dual_outputs(

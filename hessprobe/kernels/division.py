@@ -18,8 +18,9 @@ from hessprobe.kernels.sequence_gradients import outputs_of, watched
 from hessprobe.kernels.sketches import Draws
 from hessprobe.kernels.stream import Stream
 from hessprobe.problem.batches import cut
+from hessprobe.problem.measuring import with_parameters
 from hessprobe.problem.memory import is_out_of_memory
-from hessprobe.problem.objective import Batch, Objective, with_parameters
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.processes import PeerFailed
 from hessprobe.problem.shares import Share, is_sharded

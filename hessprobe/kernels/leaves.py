@@ -12,7 +12,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.objective import Objective, with_parameters
+from hessprobe.problem.measuring import with_parameters
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import is_sharded
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.plan import MASKED
 from hessprobe.problem.batches import cut
-from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.measuring import measuring
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
 

@@ -21,8 +21,9 @@ from hessprobe.optimization.local_model import (
     expansion,
     local_gradient,
 )
+from hessprobe.problem.measuring import measuring
 from hessprobe.problem.memory import is_out_of_memory
-from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.objective import Batch, Objective
 
 
 class LocalModels:

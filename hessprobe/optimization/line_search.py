@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError
-from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.measuring import measuring
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from hessprobe.curvature.gauss_newton import dual_pass, linearised
 from hessprobe.errors import unknown_name
 from hessprobe.problem.losses import Loss
-from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.measuring import measuring
+from hessprobe.problem.objective import Batch, Objective
 
 MODELS = ("quadratic", "prox-linear")
 Names = tuple[str, ...]

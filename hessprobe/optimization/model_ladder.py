@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hessprobe.curvature.tangents import linearised
 from hessprobe.problem.losses import Loss
-from hessprobe.problem.objective import Batch, Objective, measuring
+from hessprobe.problem.measuring import measuring
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
 

@@ -7,23 +7,19 @@ processes each runs the model on its share of the sequences, and the sums are ad
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessprobe.errors import UserError
-from hessprobe.problem.activations import closed_form_activations
 from hessprobe.problem.batches import Batch, cut, default_forward, default_targets, is_tensor_list, pieces_of
 from hessprobe.problem.losses import Loss, loss_named
+from hessprobe.problem.measuring import measuring, with_parameters
 from hessprobe.problem.partition import Partition, unwrapped
 from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.problem.shares import Share, share_of
 
-Result = TypeVar("Result")
 # Positions (tokens) that go through the model at once. They fill any device, and a longer batch is done in pieces, since
 # memory grows with them: a decoder's logits alone take 1 GiB in float32 at a vocabulary of 32,000.
 POSITIONS_AT_ONCE = 8192
@@ -237,50 +233,6 @@ def pull_back(
     return torch.cat(
         [(torch.zeros_like(x) if g is None else g).reshape(-1) for x, g in zip(inputs, grads, strict=True)]
     )
-
-
-@contextmanager
-def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
-    """Makes the model deterministic and differentiable as often as needed, and puts everything back after.
-
-    Dropout and batch statistics off (eval), autocast off, compiled parts eager; with `forward_mode`, attention on
-    its math path, since the fused kernels have neither forward mode nor second derivatives, and gelu and silu with
-    their second derivatives in closed form.
-    """
-    modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device.type
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device, enabled=False))
-        if forward_mode:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(closed_form_activations())
-        try:
-            # Not model.eval(): a module whose train() is overridden (frozen parts) must keep its own word.
-            for module in modes:
-                module.training = False
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-
-class _Swapped(nn.Module):
-    """Runs a function while its model's parameters are swapped."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[], Result]) -> Result:
-        return function()
-
-
-def with_parameters(model: nn.Module, leaves: Mapping[str, Tensor], function: Callable[[], Result]) -> Result:
-    """Returns function() with the leaves in the parameters' places, in backward too, where checkpoints recompute."""
-    swapped = {f"model.{name}": leaf for name, leaf in leaves.items()}
-    return torch.func.functional_call(_Swapped(model), swapped, (function,))
 
 
 class _Forward(nn.Module):

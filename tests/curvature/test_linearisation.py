@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.linearisation import Linearisation
 from hessprobe.errors import UserError
-from hessprobe.problem.objective import Objective, measuring
+from hessprobe.problem.measuring import measuring
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
 from tests.cases import Case, masked

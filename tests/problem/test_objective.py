@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hessprobe.errors import UserError
 from hessprobe.problem import objective as objectives
-from hessprobe.problem.objective import Objective, measuring
+from hessprobe.problem.measuring import measuring
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
 from tests.cases import Case

@@ -1,0 +1,59 @@
+"""A model while it is measured: deterministic, differentiable as often as needed, with other parameters in its places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessprobe.problem.activations import closed_form_activations
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
+    """Makes the model deterministic and differentiable as often as needed, and puts everything back after.
+
+    Dropout and batch statistics off (eval), autocast off, compiled parts eager; with `forward_mode`, attention on
+    its math path, since the fused kernels have neither forward mode nor second derivatives, and gelu and silu with
+    their second derivatives in closed form.
+    """
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device.type
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device, enabled=False))
+        if forward_mode:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(closed_form_activations())
+        try:
+            # Not model.eval(): a module whose train() is overridden (frozen parts) must keep its own word.
+            for module in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+class _Swapped(nn.Module):
+    """Runs a function while its model's parameters are swapped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Result]) -> Result:
+        return function()
+
+
+def with_parameters(model: nn.Module, leaves: Mapping[str, Tensor], function: Callable[[], Result]) -> Result:
+    """Returns function() with the leaves in the parameters' places, in backward too, where checkpoints recompute."""
+    swapped = {f"model.{name}": leaf for name, leaf in leaves.items()}
+    return torch.func.functional_call(_Swapped(model), swapped, (function,))
