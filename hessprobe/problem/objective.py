@@ -66,6 +66,15 @@ class Objective:
         found.processes = ALONE
         return found
 
+    @property
+    def splits(self) -> bool | None:
+        """Whether a batch is measured in pieces of its sequences (see `split`); None as long as nobody has looked."""
+        return self._splits
+
+    @splits.setter
+    def splits(self, found: bool) -> None:
+        self._splits = found
+
     def micro_batches(self, batches: Batch | list[Batch]) -> list[Batch]:
         """Returns the batches as a list; raises where none of them has a target."""
         found = batches if isinstance(batches, list) and not is_tensor_list(batches) else [batches]

@@ -153,9 +153,23 @@ def _measurement(name: str, units: str, long_name: str, estimator: str = "exact"
     return Variable(name=name, dims=(STEP,), units=units, long_name=long_name, estimator=estimator)
 
 
+# What is known of a row before any probe measures: of the step's whole batch, of which a probe reads the first sequences.
+CHECK_VARIABLES: tuple[Variable, ...] = (
+    _measurement("loss_trained", "nats per token", "loss of the step's whole batch as the training loop passed it; of several "
+                 "processes the first's", "the loop's own"),
+    _measurement("loss_whole_batch", "nats per token", "loss of the step's whole batch, before the step, as it is measured: in "
+                 "eval mode, without dropout and with running averages for batch statistics; NaN where not compared",
+                 "exact, where a batch of this shape is met first"),
+    _measurement("loss_train_mode", "nats per token", "the same in train mode: with dropout, or with batch statistics alone "
+                 "where there are any; NaN where not compared", "one pass, where a batch of this shape is met first"),
+    _measurement("activation_bits", "bits", "precision of the least precise activation while the model is measured; NaN where "
+                 "not looked at", "exact"),
+)  # fmt: skip
+
 # What every probe says about the measurement itself, so that numbers of different probes can be compared.
 MEASUREMENT_VARIABLES: tuple[Variable, ...] = (
-    _measurement("loss", "nats per token", "loss on the probe batch, before the step"),
+    _measurement("loss", "nats per token", "loss on the probe batch, before the step, in eval mode: without dropout, "
+                 "running averages in the place of batch statistics"),
     _measurement("tokens", "tokens", "valid target tokens in the probe batch"),
     _measurement("sequences", "sequences", "sequences in the probe batch"),
     _measurement("damping", "nats per token per squared parameter", "multiple of the identity added"),
@@ -164,4 +178,5 @@ MEASUREMENT_VARIABLES: tuple[Variable, ...] = (
     _measurement("seconds", "s", "wall-clock time of the measurement"),
     _measurement("gradient_equivalents", "gradients", "cost, in gradients of the probe batch", "counted"),
     _measurement("peak_memory", "bytes", "peak memory of the measurement", "as the device or system reports"),
+    *CHECK_VARIABLES,
 )  # fmt: skip

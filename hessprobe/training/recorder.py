@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +21,10 @@ from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.processes import ALONE, PeerFailed, Processes, ProcessLost
 from hessprobe.recipe import Recipe
-from hessprobe.store.schema import Table
+from hessprobe.store.schema import CHECK_VARIABLES, Table
 from hessprobe.training.probe_schedule import Every, Schedule
+
+CHECKED = {variable.name for variable in CHECK_VARIABLES}
 
 
 class RowWriter(Protocol):
@@ -98,20 +101,29 @@ class ProbeRecorder:
         self.writer = writer
         self.schedule: dict[str, Container[int]] = {}
         self.probes = list(probes)
+        self._checked: dict[str, set[str]] = {}
         for probe in probes:
             schedule = (schedules or {}).get(probe.name, Every(steps=probe.every))
             rows = schedule.below(steps)
             self.schedule[probe.name] = schedule if rows is None else frozenset(rows)
-            writer.add_table(probe.table(partition), None if rows is None else list(rows))
+            table = probe.table(partition)
+            self._checked[probe.name] = CHECKED & {variable.name for variable in table.variables}
+            writer.add_table(table, None if rows is None else list(rows))
 
     def due(self, step: int) -> list[Probe]:
         """Returns the probes that measure at this step."""
         return [probe for probe in self.probes if step in self.schedule[probe.name]]
 
-    def record(self, probe: Probe, snapshot: Snapshot) -> Measurement:
+    def record(
+        self, probe: Probe, snapshot: Snapshot, checked: Mapping[str, float] | None = None
+    ) -> Measurement:
         """Measures one row and writes it; a probe that raises leaves its row marked with the reason.
 
-        Of several processes, where one fails all do, with its reason.
+        A row whose products are not symmetric beyond rounding fails. Of several processes, where one fails all do, with
+        its reason.
+
+        Args:
+            checked: the row's variables that are known from its checks (CHECK_VARIABLES); default: NaN.
 
         Raises:
             UserError: the disk is full.
@@ -126,12 +138,14 @@ class ProbeRecorder:
                 row: dict[str, Any] = dict(probe.measure(snapshot))
                 if not np.isfinite(float(row["loss"])):
                     raise FloatingPointError(f"the loss on the probe's batch is {float(row['loss'])}")
+                check_symmetry(float(row.get("symmetry_gap", nan)), snapshot.parameters.dtype)
         except ProcessLost:
             raise
         except Exception as error:  # whatever it is, training must go on
             return self.fail(probe, snapshot.step, error, time.perf_counter() - start)
         seconds = time.perf_counter() - start
         row.update(seconds=seconds, peak_memory=peak_memory(device, processes))
+        row.update({name: (checked or {}).get(name, nan) for name in self._checked[probe.name]})
         self.writer.write(probe.name, snapshot.step, {name: _array(value) for name, value in row.items()})
         return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=row)
 
@@ -145,6 +159,18 @@ class ProbeRecorder:
         reason = str(error) if told else f"{type(error).__name__}: {error}"
         self.writer.fail(probe.name, step, reason)
         return Measurement(probe=probe.name, step=step, seconds=seconds, row=None, failure=reason)
+
+
+def check_symmetry(gap: float, dtype: torch.dtype) -> None:
+    """Raises a FloatingPointError where products are not symmetric beyond rounding; a gap that is NaN was not measured."""
+    limit = torch.finfo(dtype).eps ** 0.4
+    if gap > limit:
+        raise FloatingPointError(
+            f"products are not symmetric: |u.Av - v.Au| / (|u| |Av|) is {gap:.2g} and rounding leaves less than {limit:.2g}, so "
+            "they are not those of a curvature matrix. Likely: activations in half precision inside the model's forward; an "
+            "autograd.Function whose backward is not the derivative of its forward; randomness or state that changes from "
+            "pass to pass"
+        )
 
 
 def _array(value: Any) -> Any:

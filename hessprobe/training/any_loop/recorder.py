@@ -131,7 +131,11 @@ class Recorder:
         self._look_ahead(first_step)
 
     def __call__(
-        self, step: int, batch: Batch | list[Batch] | Callable[[], Batch | list[Batch]]
+        self,
+        step: int,
+        batch: Batch | list[Batch] | Callable[[], Batch | list[Batch]],
+        *,
+        loss: Any = None,
     ) -> Sequence[Measurement]:
         """Measures what is due at this step; returns what was measured, most often nothing.
 
@@ -140,6 +144,8 @@ class Recorder:
             batch: what the step was made on: a batch or, with gradient accumulation, the list of its micro-batches; or a
                 function that returns it, called only when a probe is due. Probes read its first sequences. Of several
                 processes each gives its own, of any size.
+            loss: what the loop computed on the batch, or a list of its micro-batches' losses; the first row is compared
+                with it, and fails where another loss is measured.
         """
         if not self.active:
             return ()
@@ -150,7 +156,7 @@ class Recorder:
         if not self._agreed and not self._agree(step):
             return ()
         due = self._next[1] if self._next[0] == step else self._recorder.due(step)
-        found = self._measured(step, due, batch) if due else ()
+        found = self._measured(step, due, batch, loss) if due else ()
         if self.active:
             self._look_ahead(step + 1)
         return found
@@ -208,11 +214,11 @@ class Recorder:
             self._stop(step, error)
         return self.active
 
-    def _measured(self, step: int, due: Sequence[Probe], batch: Any) -> list[Measurement]:
+    def _measured(self, step: int, due: Sequence[Probe], batch: Any, loss: Any) -> list[Measurement]:
         found: list[Measurement] = []
         try:
             with undisturbed(self.model):
-                found = self._measuring.rows(step, due, batch)
+                found = self._measuring.rows(step, due, batch, trained=loss)
         except Exception as error:  # no row can be written any more, or not by all processes
             self._stop(step, error)
         for measurement in found:

@@ -22,9 +22,11 @@ from hessprobe.probes.probe import Probe, Snapshot
 from hessprobe.problem.batches import pieces_of
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.row_checks import RowChecks
 from hessprobe.recipe import PROBES, Recipe
 from hessprobe.store.writer import RunWriter
 from hessprobe.training.any_loop.probe_batches import placed
+from hessprobe.training.any_loop.undisturbed import undisturbed
 from hessprobe.training.console import RunConsole
 from hessprobe.training.loggers import ScalarLog, check_loggers
 from hessprobe.training.probe_schedule import At
@@ -112,8 +114,11 @@ def measure_series(series: CheckpointSeries, folder: Path) -> None:
         due = dict.fromkeys((probe.name for probe in probes), At(steps=frozenset(steps)))
         recorder = ProbeRecorder(writer, probes, partition, None, due)
         objective, found = Objective(model), []
+        # A model of hessprobe's own repeats itself, its sequences are apart, and its loss is the objective's.
+        own = isinstance(series, OwnCheckpoints)
+        checks = None if own else RowChecks(objective, partition, undisturbed)
         for number, step in enumerate(steps):
-            for measurement in _rows(recorder, series, number, step, objective, partition, reader):
+            for measurement in _rows(recorder, series, number, step, objective, partition, reader, checks):
                 _say(console, measurement, series.names[number])
                 scalars.measured(measurement)
                 found.append(measurement)
@@ -131,6 +136,7 @@ def _rows(
     objective: Objective,
     partition: Partition,
     reader: Reader,
+    checks: RowChecks | None,
 ) -> Iterator[Measurement]:
     """Measures one checkpoint by every probe."""
     began = time.perf_counter()
@@ -146,6 +152,8 @@ def _rows(
         began = time.perf_counter()
         try:
             batches = _batches(series, probe, series.reads[number], reader, parameters.device)
+            # The batch is the row's own, so that its loss is known; and there is no loop that trains on it.
+            checked = {"activation_bits": checks.check(batches).activation_bits} if checks else {}
         except Exception as error:
             yield recorder.fail(probe, step, error, time.perf_counter() - began)
             continue
@@ -160,6 +168,7 @@ def _rows(
                 update=None,
                 seed=series.recipe.seed,
             ),
+            checked,
         )
 
 
