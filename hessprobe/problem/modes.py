@@ -56,6 +56,13 @@ def random_states(device: torch.device) -> tuple[object, ...]:
     return drawn, on_device, random.getstate(), numpy[1].tobytes(), numpy[2]
 
 
+def reseed(seed: int) -> None:
+    """Sets all generators that a forward pass may draw from; the caller puts them back."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
 @contextmanager
 def activation_types(model: nn.Module) -> Iterator[set[torch.dtype]]:
     """Collects the floating types of what the model's modules return inside."""

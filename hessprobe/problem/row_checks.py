@@ -24,6 +24,7 @@ from hessprobe.problem.modes import (
     activation_types,
     batch_statistics,
     random_states,
+    reseed,
     talks_in_training,
     training_modes,
 )
@@ -183,8 +184,9 @@ class _Row:
     def _grouped(self, batch: Batch, z: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns (sum of losses, tokens with a target) of groups of tokens, which make up the micro-batch."""
         loss, (count, positions) = self.objective.loss_function, self.objective.sequence_shape(batch)
-        # A function of the caller's may know the positions in a sequence: it is given whole ones.
-        unit = positions if isinstance(loss, AutogradLoss) and count * positions == len(z) else 1
+        # Masks may be shared by a sequence's tokens, and a function of the caller's may know positions: whole sequences.
+        known = isinstance(loss, AutogradLoss) or count >= 8
+        unit = positions if known and count * positions == len(z) else 1
         wanted = -(-GROUPS // len(self.batches))
         size = unit * max(1, -(-len(z) // unit // wanted))
         parts = [slice(start, start + size) for start in range(0, len(z), size)]
@@ -240,8 +242,14 @@ class _Row:
             own = with_parameters(self.model, self.leaves, lambda: self.objective.own_loss(batch))
         return None if own is None else float(own)
 
-    def _run(self, *, statistics: bool = False, autocast: bool = False) -> Losses:
-        """Runs the batch as training does: in the modules' own modes and the parameters' own precision."""
+    def _run(self, *, statistics: bool = False, autocast: bool = False, seed: int = 0) -> Losses:
+        """Runs the batch as training does: in the modules' own modes and the parameters' own precision.
+
+        Args:
+            statistics: batch statistics alone, and else as in eval mode.
+            autocast: in bfloat16; in full precision where the model cannot.
+            seed: of what is drawn; what training draws is not known.
+        """
         leaves = self.leaves
         if leaves is not None and self.half:
             types = {name: p.dtype for name, p in self.model.named_parameters()}
@@ -253,7 +261,13 @@ class _Row:
             training_modes(self.model, only),
             torch.autocast(self.device.type, torch.bfloat16, enabled=autocast),
         ):
-            return self._losses(leaves)
+            reseed(seed)
+            try:
+                return replace(self._losses(leaves), halved=autocast or self.half)
+            except Exception:
+                if not autocast:
+                    raise
+        return self._run(statistics=statistics, seed=seed)
 
     def _compared(self, said: Trained, measured: Losses) -> float:
         statistics = batch_statistics(self.model)

@@ -74,6 +74,7 @@ class Losses:
         largest: the largest output's size, which rounding goes by.
         eps: of the type that outputs came in.
         drew: whether random numbers were drawn.
+        halved: whether it ran in half precision.
     """
 
     sums: Tensor
@@ -83,6 +84,7 @@ class Losses:
     largest: float
     eps: float
     drew: bool = False
+    halved: bool = False
 
     @property
     def whole(self) -> float:
@@ -140,7 +142,7 @@ def compare(
         said: by the loop.
         measured: in eval mode, at the same parameters.
         run: runs the batch in train mode, with `statistics=True` in batch statistics alone, with `autocast=True` in
-            bfloat16.
+            bfloat16, and with another `seed` with other masks.
         statistics: the modules that normalise by batch statistics.
         half: whether parameters are in half precision, so that training is too.
 
@@ -161,22 +163,25 @@ def compare(
     off = abs(drawn.whole - measured.whole)
     if not drawn.drew:
         allowed = rounding
-        if near or half:  # bfloat16 differs from itself where it is summed up otherwise
+        if drawn.halved:  # bfloat16 differs from itself where it is summed up otherwise
             allowed += min(off, NEAR / 2 * abs(measured.whole)) + 1e-3 * abs(measured.whole)
         if drawn.gap(said) <= allowed:
-            if off > (NEAR / 2 * abs(measured.whole) if near or half else measured.rounding):
+            if off > (NEAR / 2 * abs(measured.whole) if drawn.halved else measured.rounding):
                 raise UserError(another_function(measured.whole, drawn.whole, statistics, said))
             return drawn.whole
         raise UserError(another_loss(said, measured))
     allowed = rounding + chance(measured, drawn) + 2e-3 * abs(measured.whole)
     if drawn.gap(said) <= allowed:
         return drawn.whole
-    # Chance that all tokens share, as with whole layers left out, shows between passes only.
-    again = run(autocast=near and not half)
+    # Chance that all tokens share, as where whole layers are left out, shows between passes only; and where two are alike
+    # though random numbers were drawn, it was left out of both, and nothing is known of how far it goes.
+    again = run(autocast=near and not half, seed=1)
+    if torch.equal(again.group_sums, drawn.group_sums):
+        return drawn.whole
     shared = 4 * abs(again.whole - drawn.whole)
     if min(drawn.gap(said), again.gap(said)) <= max(allowed, rounding + shared):
         return drawn.whole
-    raise UserError(another_loss(said, measured, drawn))
+    raise UserError(another_loss(said, measured, drawn, allowed))
 
 
 def another_function(measured: float, trained: float, statistics: Sequence[object], said: Trained | None) -> str:
@@ -192,15 +197,16 @@ def another_function(measured: float, trained: float, statistics: Sequence[objec
     )
 
 
-def another_loss(said: Trained, measured: Losses, drawn: Losses | None = None) -> str:
-    """Returns the sentence on a loss passed that is not ours."""
+def another_loss(said: Trained, measured: Losses, drawn: Losses | None = None, allowed: float = 0.0) -> str:
+    """Returns the sentence on a loss passed that is not ours, by more than is allowed in train mode."""
     given, ours = measured.nearest(said)
     in_training = f", {drawn.whole:.6g} in train mode" if drawn is not None else ""
-    known = recognised(said, measured)
+    found, sure = recognised(said, measured if drawn is None else drawn, allowed)
+    reasons = found if found and sure else f"{found}; other likely reasons: {LIKELY}" if found else f"Likely reasons: {LIKELY}"
     return (
         f"the loss measured is not the loss trained: of this step's whole batch it is {ours:.6g} as measured{in_training}, "
-        f"and {given:.6g} was passed as loss=. {known or f'Likely reasons: {LIKELY}'}. Say how training computes it with "
-        "loss=, forward=, targets= or auxiliary= when making the recorder, or pass the batch's mean loss per token"
+        f"and {given:.6g} was passed as loss=. {reasons}. Say how training computes it with loss=, forward=, targets= or "
+        "auxiliary= when making the recorder, or pass the batch's mean loss per token"
     )
 
 
@@ -214,28 +220,32 @@ def another_own_loss(own: float, ours: float) -> str:
     )
 
 
-def recognised(said: Trained, measured: Losses) -> str:
-    """Returns what a passed loss is, where it can be told from its value; else ""."""
-    means, count = measured.sums / measured.tokens, len(measured.sums)
-    last = float(means[-1])
-    near = max(measured.rounding, 1e-3 * abs(measured.whole))
+def recognised(said: Trained, ours: Losses, allowed: float) -> tuple[str, bool]:
+    """Returns what a passed loss is, where it can be told from its value, else ""; and whether chance leaves it sure."""
+    means, count = ours.sums / ours.tokens, len(ours.sums)
+    last, near = float(means[-1]), max(ours.rounding, 1e-3 * abs(ours.whole), allowed)
+    sure = near <= 1e-3 * abs(ours.whole)
     if count > 1 and len(said.losses) == 1:
         for divided, words in ((1, ""), (count, f", divided by {count}")):
             if abs(said.mean * divided - last) <= near:
-                return f"It is the loss of the last of {count} micro-batches alone{words}: pass the list of their losses"
-    names = {int(measured.tokens.sum()): "a sum over tokens"}
-    return scaled(said.mean, measured.whole, names)
+                only = f"It is the loss of the last of {count} micro-batches alone{words}: pass the list of their losses"
+                return only, sure
+    names = {int(ours.tokens.sum()): "a sum over tokens"}
+    return scaled(said.mean, ours.whole, names, near / abs(ours.whole)), sure
 
 
-def scaled(given: float, ours: float, names: dict[int, str]) -> str:
-    """Returns which multiple or part of ours a loss is, where it is a whole one; else ""."""
+def scaled(given: float, ours: float, names: dict[int, str], near: float = 1e-3) -> str:
+    """Returns which multiple or part of ours a loss is, up to a relative difference, where it is a whole one; else ""."""
     if not (ours and given) or given / ours < 0:
         return ""
     ratio = max(given / ours, ours / given)
-    whole = round(ratio)
-    listed = whole in names or whole <= 64 or whole & (whole - 1) == 0  # sums, accumulation, scalers of gradients
-    if whole < 2 or not listed or abs(ratio / whole - 1) > 1e-3:
+    known = [*names, *(2**n for n in range(7, 33)), *range(2, 65)]  # sums, scalers of gradients, accumulation
+    whole = next((n for n in known if abs(ratio / n - 1) <= min(near, 0.5 / n if n <= 64 and n not in names else 1)), 0)
+    if not whole:
         return ""
+    about = "" if near <= 1e-3 else "about "
     if given < ours:
-        return f"It is ours divided by {whole}, as for gradient accumulation: pass it before it is divided"
-    return f"It is {whole:,} times ours, {names.get(whole, 'a sum or a scaled loss')}: pass the mean per token"
+        return f"It is {about}ours divided by {whole}, as for gradient accumulation: pass it before it is divided"
+    return (
+        f"It is {about}{whole:,} times ours, {names.get(whole, 'a sum or a scaled loss')}: pass the mean per token"
+    )

@@ -39,7 +39,7 @@ class Scripted(Probe):
         loss = self.script[snapshot.step // self.every]
         if isinstance(loss, Exception):
             raise loss
-        row = dict.fromkeys((v.name for v in MEASUREMENT_VARIABLES), 1.0) | {"loss": torch.tensor(loss)}
+        row = dict.fromkeys((v.name for v in MEASUREMENT_VARIABLES), 1.0) | {"loss": torch.tensor(loss), "symmetry_gap": 0.0}
         return {name: value for name, value in row.items() if name not in ("seconds", "peak_memory")}
 
     def cost(self, partition: Partition) -> float:

@@ -49,7 +49,7 @@ class Seen(Probe):
         loss, _ = snapshot.objective.gradient(snapshot.batches, snapshot.partition, snapshot.named_parameters)
         if self.keep:
             self.snapshots.append(snapshot)
-        return {**dict.fromkeys(MEASURED, 1.0), "loss": loss}
+        return {**dict.fromkeys(MEASURED, 1.0), "symmetry_gap": 0.0, "loss": loss}
 
 
 class Clumsy(Seen):
