@@ -86,7 +86,12 @@ class RowChecks:
         self._passed: dict[object, tuple[set[str], float]] = {}
 
     def check(
-        self, batches: Sequence[Batch], theta: Tensor | None = None, trained: Any = None, *, before: bool = True
+        self,
+        batches: Sequence[Batch],
+        theta: Tensor | None = None,
+        trained: Any = None,
+        *,
+        before: bool = True,
     ) -> Checked:
         """Returns what was found of a step's micro-batches; nothing runs for what was checked in their shapes before.
 

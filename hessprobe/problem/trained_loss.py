@@ -123,7 +123,9 @@ def chance(measured: Losses, drawn: Losses) -> float:
     count = int((weight > 0).sum())
     if count < 2:
         return float("inf")
-    difference = (drawn.group_sums - measured.group_sums) / measured.tokens.sum()  # a group's part of the mean
+    difference = (
+        drawn.group_sums - measured.group_sums
+    ) / measured.tokens.sum()  # a group's part of the mean
     spread = (difference - weight * difference.sum()).square().sum() * count / (count - 1)
     return float(stdtrit(count - 1, SURE)) * sqrt(2 * float(spread))
 
@@ -184,7 +186,9 @@ def compare(
     raise UserError(another_loss(said, measured, drawn, allowed))
 
 
-def another_function(measured: float, trained: float, statistics: Sequence[object], said: Trained | None) -> str:
+def another_function(
+    measured: float, trained: float, statistics: Sequence[object], said: Trained | None
+) -> str:
     """Returns the sentence on a model that train mode makes another function of, not by chance."""
     kinds = sorted({type(module).__name__ for module in statistics})
     what = f"{', '.join(kinds)}: batch statistics in training" if kinds else "modules that follow train()"
@@ -202,7 +206,13 @@ def another_loss(said: Trained, measured: Losses, drawn: Losses | None = None, a
     given, ours = measured.nearest(said)
     in_training = f", {drawn.whole:.6g} in train mode" if drawn is not None else ""
     found, sure = recognised(said, measured if drawn is None else drawn, allowed)
-    reasons = found if found and sure else f"{found}; other likely reasons: {LIKELY}" if found else f"Likely reasons: {LIKELY}"
+    reasons = (
+        found
+        if found and sure
+        else f"{found}; other likely reasons: {LIKELY}"
+        if found
+        else f"Likely reasons: {LIKELY}"
+    )
     return (
         f"the loss measured is not the loss trained: of this step's whole batch it is {ours:.6g} as measured{in_training}, "
         f"and {given:.6g} was passed as loss=. {reasons}. Say how training computes it with loss=, forward=, targets= or "
@@ -240,12 +250,12 @@ def scaled(given: float, ours: float, names: dict[int, str], near: float = 1e-3)
         return ""
     ratio = max(given / ours, ours / given)
     known = [*names, *(2**n for n in range(7, 33)), *range(2, 65)]  # sums, scalers of gradients, accumulation
-    whole = next((n for n in known if abs(ratio / n - 1) <= min(near, 0.5 / n if n <= 64 and n not in names else 1)), 0)
+    whole = next(
+        (n for n in known if abs(ratio / n - 1) <= min(near, 0.5 / n if n <= 64 and n not in names else 1)), 0
+    )
     if not whole:
         return ""
     about = "" if near <= 1e-3 else "about "
     if given < ours:
         return f"It is {about}ours divided by {whole}, as for gradient accumulation: pass it before it is divided"
-    return (
-        f"It is {about}{whole:,} times ours, {names.get(whole, 'a sum or a scaled loss')}: pass the mean per token"
-    )
+    return f"It is {about}{whole:,} times ours, {names.get(whole, 'a sum or a scaled loss')}: pass the mean per token"

@@ -153,17 +153,18 @@ def _measurement(name: str, units: str, long_name: str, estimator: str = "exact"
     return Variable(name=name, dims=(STEP,), units=units, long_name=long_name, estimator=estimator)
 
 
-# What is known of a row before any probe measures: of the step's whole batch, of which a probe reads the first sequences.
+# What is known of a row before any probe measures it: of the step's whole batch, of which probes read the first sequences.
+# A recorder adds them to every probe's table.
 CHECK_VARIABLES: tuple[Variable, ...] = (
-    _measurement("loss_trained", "nats per token", "loss of the step's whole batch as the training loop passed it; of several "
-                 "processes the first's", "the loop's own"),
-    _measurement("loss_whole_batch", "nats per token", "loss of the step's whole batch, before the step, as it is measured: in "
-                 "eval mode, without dropout and with running averages for batch statistics; NaN where not compared",
-                 "exact, where a batch of this shape is met first"),
-    _measurement("loss_train_mode", "nats per token", "the same in train mode: with dropout, or with batch statistics alone "
-                 "where there are any; NaN where not compared", "one pass, where a batch of this shape is met first"),
-    _measurement("activation_bits", "bits", "precision of the least precise activation while the model is measured; NaN where "
-                 "not looked at", "exact"),
+    _measurement("loss_trained", "nats per token", "loss of the step's whole batch as the training loop passed it, of "
+                 "several processes the first's; NaN where it passed none", "the loop's own"),
+    _measurement("loss_whole_batch", "nats per token", "loss of the step's whole batch before the step, as it is measured: "
+                 "eval mode, no dropout, running averages for batch statistics; NaN where it was not compared",
+                 "exact; where a batch of this shape is met first"),
+    _measurement("loss_train_mode", "nats per token", "the same in train mode, with dropout, or with batch statistics alone "
+                 "where there are any; NaN where it was not compared", "one pass; where a batch of this shape is met first"),
+    _measurement("activation_bits", "bits", "precision of the least precise activation while the model is measured; NaN "
+                 "where nobody looked", "exact"),
 )  # fmt: skip
 
 # What every probe says about the measurement itself, so that numbers of different probes can be compared.
@@ -178,5 +179,4 @@ MEASUREMENT_VARIABLES: tuple[Variable, ...] = (
     _measurement("seconds", "s", "wall-clock time of the measurement"),
     _measurement("gradient_equivalents", "gradients", "cost, in gradients of the probe batch", "counted"),
     _measurement("peak_memory", "bytes", "peak memory of the measurement", "as the device or system reports"),
-    *CHECK_VARIABLES,
 )  # fmt: skip

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from hessprobe.recipe import Recipe
 from hessprobe.store.schema import CHECK_VARIABLES, Table
 from hessprobe.training.probe_schedule import Every, Schedule
 
-CHECKED = {variable.name for variable in CHECK_VARIABLES}
+CHECKED = tuple(variable.name for variable in CHECK_VARIABLES)
 
 
 class RowWriter(Protocol):
@@ -101,13 +101,12 @@ class ProbeRecorder:
         self.writer = writer
         self.schedule: dict[str, Container[int]] = {}
         self.probes = list(probes)
-        self._checked: dict[str, set[str]] = {}
         for probe in probes:
             schedule = (schedules or {}).get(probe.name, Every(steps=probe.every))
             rows = schedule.below(steps)
             self.schedule[probe.name] = schedule if rows is None else frozenset(rows)
             table = probe.table(partition)
-            self._checked[probe.name] = CHECKED & {variable.name for variable in table.variables}
+            table = replace(table, variables=(*table.variables, *CHECK_VARIABLES))
             writer.add_table(table, None if rows is None else list(rows))
 
     def due(self, step: int) -> list[Probe]:
@@ -145,7 +144,7 @@ class ProbeRecorder:
             return self.fail(probe, snapshot.step, error, time.perf_counter() - start)
         seconds = time.perf_counter() - start
         row.update(seconds=seconds, peak_memory=peak_memory(device, processes))
-        row.update({name: (checked or {}).get(name, nan) for name in self._checked[probe.name]})
+        row.update({name: (checked or {}).get(name, nan) for name in CHECKED})
         self.writer.write(probe.name, snapshot.step, {name: _array(value) for name, value in row.items()})
         return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=row)
 
@@ -166,7 +165,7 @@ def check_symmetry(gap: float, dtype: torch.dtype) -> None:
     limit = torch.finfo(dtype).eps ** 0.4
     if gap > limit:
         raise FloatingPointError(
-            f"products are not symmetric: |u.Av - v.Au| / (|u| |Av|) is {gap:.2g} and rounding leaves less than {limit:.2g}, so "
+            f"products are not symmetric: |u.Av - v.Au| / (|u| |Av|) is {gap:.2g} and rounding leaves below {limit:.2g}; "
             "they are not those of a curvature matrix. Likely: activations in half precision inside the model's forward; an "
             "autograd.Function whose backward is not the derivative of its forward; randomness or state that changes from "
             "pass to pass"

@@ -19,7 +19,7 @@ from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table
 from hessprobe.store.writer import RunWriter
 from hessprobe.training import recorder
 from hessprobe.training.loop import train
-from hessprobe.training.recorder import ProbeRecorder, build_probes, peak_memory
+from hessprobe.training.recorder import ProbeRecorder, build_probes, check_symmetry, peak_memory
 from tests import models
 from tests.training.runs import recipe, state, tables
 
@@ -39,7 +39,10 @@ class Scripted(Probe):
         loss = self.script[snapshot.step // self.every]
         if isinstance(loss, Exception):
             raise loss
-        row = dict.fromkeys((v.name for v in MEASUREMENT_VARIABLES), 1.0) | {"loss": torch.tensor(loss), "symmetry_gap": 0.0}
+        row = dict.fromkeys((v.name for v in MEASUREMENT_VARIABLES), 1.0) | {
+            "loss": torch.tensor(loss),
+            "symmetry_gap": 0.0,
+        }
         return {name: value for name, value in row.items() if name not in ("seconds", "peak_memory")}
 
     def cost(self, partition: Partition) -> float:
@@ -147,3 +150,12 @@ def test_probes_are_built_by_name_each_once_with_their_own_settings():
     assert isinstance(probe, CrossLayerProbe)
     assert (probe.every, probe.sequences) == (7, 9)
     assert build_probes(build_recipe({})) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_that_are_not_symmetric_are_no_row(dtype):
+    limit = torch.finfo(dtype).eps ** 0.4
+    for gap in (0.0, limit / 2, float("nan")):
+        check_symmetry(gap, dtype)
+    with pytest.raises(FloatingPointError, match=r"products are not symmetric.*half precision.*pass to pass"):
+        check_symmetry(2 * limit, dtype)

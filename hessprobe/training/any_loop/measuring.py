@@ -73,9 +73,7 @@ class Measuring:
         """Frees what was kept."""
         self._before = None
 
-    def rows(
-        self, step: int, due: Sequence[Probe], batch: Any, *, trained: Any = None
-    ) -> list[Measurement]:
+    def rows(self, step: int, due: Sequence[Probe], batch: Any, *, trained: Any = None) -> list[Measurement]:
         """Measures and writes the rows that are due, a failed one with its reason.
 
         Args:
@@ -177,9 +175,7 @@ class Measuring:
             self._noted.add(note)
         return found
 
-    def _part(
-        self, due: Sequence[Probe], batch: Batch, known: str, check: Callable[[Any], None]
-    ) -> Part:
+    def _part(self, due: Sequence[Probe], batch: Batch, known: str, check: Callable[[Any], None]) -> Part:
         """Returns what this process brings to the rows: as many of its sequences as any of them reads."""
         given, limit = batch() if callable(batch) else batch, max(probe.sequences for probe in due)
         if self._holds_targets(given):

