@@ -55,7 +55,7 @@ def sampled_diagonal(
                 one = with_parameters(objective.model, leaves, lambda piece=piece: drawn(piece))
                 sums = one if sums.dim() == 0 else sums.add_(one)
             found = sums.square_() if found.dim() == 0 else found.add_(sums.square_())
-    return found / objective.tokens(listed)
+    return found / objective.weight(listed)
 
 
 def _drawn(loss: Loss, outputs: Tensor, generator: torch.Generator) -> Tensor:

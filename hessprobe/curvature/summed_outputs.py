@@ -76,7 +76,7 @@ class SummedOutputs(nn.Module):
 
     def scale(self, batches: list[Batch]) -> float:
         """Returns what turns curvlinops' sums over tokens into our mean loss's."""
-        return LOSSES[self.objective.loss_function.name][1] / self.objective.tokens(batches)
+        return LOSSES[self.objective.loss_function.name][1] / self.objective.weight(batches)
 
     def cost(self, names: Sequence[str]) -> float:
         """Returns the gradient-equivalents of the passes so far and of their sums of outer products."""
