@@ -146,7 +146,7 @@ def _candidates(z: Tensor, labels: Tensor, loss: Loss) -> list[_Candidate]:
         by = loss if own is None else own
         weight = float(by.weights(y).double().sum())
         if weight:
-            value = float(by.value(z.detach(), y)) / weight
+            value = float(by.value(z.detach().float() if z.element_size() < 4 else z.detach(), y)) / weight
             found.append(_Candidate(said=said, shifted=shifted, loss=own, value=value))
 
     if labels.is_floating_point():
@@ -215,13 +215,13 @@ def _named_causal(model: nn.Module) -> bool:
 def _rounding(own: OwnLoss, model: nn.Module) -> float:
     """Returns how far apart, relatively, two ways to one mean may be in the model's precision."""
     dtypes = {x.dtype for x in (own.loss, own.logits, next(model.parameters())) if x is not None}
-    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point) ** 0.7
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point) ** 0.8
 
 
 def _disagreement(wanted: float, candidates: list[_Candidate], own: OwnLoss, auxiliary: Auxiliary) -> str:
     values = ", ".join(f"{one.value:.6g} ({one.said})" for one in candidates)
     nearest = min((one.value for one in candidates), key=lambda value: abs(value - wanted))
-    more = f" less auxiliary=" if callable(auxiliary) else ""
+    more = " less auxiliary=" if callable(auxiliary) else ""
     added = ", ".join(f"{name} {value:.4g}" for name, value in own.auxiliary.items() if math.isfinite(value))
     reason = (
         f"it returns {added}, and what it adds to cross-entropy is probably that: auxiliary='ignore' measures the main loss "
