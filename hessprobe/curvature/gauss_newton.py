@@ -146,7 +146,7 @@ class GaussNewton(ModelOperator):
     def _curve(self, outputs: Tensor, batch: Batch, tangents: Tensor) -> Tensor:
         """Returns (1/N) (d2 loss / dz2) tangents."""
         targets = self.objective.targets(batch)
-        return self.objective.loss_function.hessian_product(outputs.detach(), targets, tangents) / self.tokens
+        return self.objective.loss_function.hessian_product(outputs.detach(), targets, tangents) / self.weight
 
     def _dual_pass(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         tangents = self.partition.unflatten(v[0])

@@ -110,7 +110,7 @@ class Hessian(ModelOperator):
     def _cotangent(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Returns (1/N) dloss/dz (n, c), differentiable in the outputs."""
         # In closed form: differentiating through log-softmax would dominate the cost.
-        return self.objective.loss_function.gradient(outputs, self.objective.targets(batch)) / self.tokens
+        return self.objective.loss_function.gradient(outputs, self.objective.targets(batch)) / self.weight
 
     def _reverse_over_reverse(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         moved, wanted = self.names_in(columns), self.names_in(rows)
@@ -172,7 +172,7 @@ class Hessian(ModelOperator):
             kept = self._by_kept_graph(piece, v, everything, everything)
         theta = None if self._theta is None else self.partition.flatten(self._theta)
         other = type(self)(self.objective.alone, piece, self.partition, parameters=theta, memory=self.memory)
-        gap = (kept - other.apply(v) * (other.tokens / self.tokens)).norm()
+        gap = (kept - other.apply(v) * (other.weight / self.weight)).norm()
         if gap > torch.finfo(self.dtype).eps ** 0.4 * kept.norm():
             raise NotImplementedError("products from the gradient's own graph differ from those without it")
         self._compared = True

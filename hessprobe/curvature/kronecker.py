@@ -16,7 +16,7 @@ from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from torch import Tensor, nn
 
 from hessprobe.curvature.kronecker_factors import KINDS, KroneckerBlock, KroneckerFactors
-from hessprobe.curvature.summed_outputs import LOSSES, SummedOutputs, counted, module_of, undisturbed
+from hessprobe.curvature.summed_outputs import EMPIRICAL, LOSSES, SummedOutputs, counted, module_of, undisturbed
 from hessprobe.errors import RunFailed, UserError, unknown_name
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.objective import Batch, Objective
@@ -86,9 +86,11 @@ def kronecker_factors(
         raise unknown_name("fisher", fisher, FISHERS)
     if samples < 1:
         raise UserError(f"K-FAC: samples must be at least 1, got {samples}")
-    if objective.loss_function.name not in LOSSES:
+    loss = objective.loss_function
+    if loss.family not in LOSSES or (fisher == "empirical" and loss.name not in EMPIRICAL):
+        known = EMPIRICAL if fisher == "empirical" else (*EMPIRICAL, "mean_squared_error", "binary_cross_entropy")
         raise UserError(
-            f"K-FAC takes the losses {', '.join(LOSSES)}, got {objective.loss_function.name}: use one of them, or "
+            f"K-FAC takes the losses {', '.join(known)}, got {loss.name}: use one of them, or "
             "a method that needs no factors of the loss's Hessian"
         )
     listed = [batch for batch in objective.micro_batches(batches) if objective.tokens(batch)]

@@ -67,6 +67,7 @@ class ModelOperator(CurvatureOperator):
         self.objective = objective
         self.micro_batches = objective.micro_batches(batches)
         self.tokens = objective.tokens(self.micro_batches)
+        self.weight = objective.weight(self.micro_batches)  # what the mean loss divides by
         self.memory = memory
         self._theta = None if parameters is None else partition.unflatten(parameters.detach())
         if engine != "auto" and engine not in self.ENGINES:

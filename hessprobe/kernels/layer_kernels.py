@@ -36,7 +36,7 @@ class LayerKernels:
         blocks: the l blocks' names.
         kernel: (l, m, m) float64, on the CPU.
         sequence, round: (m,) which sequence and which round a sketch belongs to.
-        tokens: (b,) tokens with a target in each sequence; sequences weigh by them.
+        tokens: (b,) tokens with a target in each sequence, or what the loss weighs them by; sequences weigh by them.
         alignment: for each vector given, <w^m_i, vector_i> (l, m).
         norm2: for each vector given, ||vector_i||^2 (l,).
         routes: the way each parameter was measured, by name.
@@ -232,7 +232,7 @@ def layer_kernels(
     """Returns the layer kernels of a batch: every pair of blocks from `rounds` backward passes.
 
     Args:
-        objective: model and loss (cross-entropy or squared error).
+        objective: model and loss, one with a known root of its Hessian (cross-entropy, squared error, binary cross-entropy).
         batches: one batch or micro-batches; the targets' first dimension counts the sequences.
         partition: the blocks; the cost does not depend on how many there are.
         rounds: independent sketches per sequence; one forward pass serves all.
@@ -297,7 +297,7 @@ def layer_kernels(
             for name, v in (along or {}).items()
         },
         routes=found.plan.routes,
-        loss=found.loss / int(sum(own.sum() for own in tokens)),
+        loss=found.loss / float(sum(own.double().sum() for own in tokens)),
         cotangent=cotangent,
         gradients=found.gradients,
         division=found.division,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.plan import MASKED
-from hessprobe.problem.batches import cut
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
@@ -105,7 +104,7 @@ def sequence_gradients(
     def passes() -> None:
         whole = outputs_of(objective, batch, autocast) if how == MASKED else None
         for b in range(count) if among is None else among:
-            part = outputs_of(objective, cut(batch, b, b + 1, count), autocast) if whole is None else whole
+            part = outputs_of(objective, objective.cut(batch, b, b + 1), autocast) if whole is None else whole
             for r, cotangent in enumerate(cotangents):
                 own = cotangent.view(count, -1, cotangent.shape[-1])
                 if whole is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hessprobe.errors import UserError
-from hessprobe.problem.batches import Batch, cut
+from hessprobe.problem.batches import Batch
 from hessprobe.problem.objective import Objective
 from hessprobe.recipe import PreconditionerRecipe
 
@@ -56,5 +56,5 @@ class SharedOut:
                     "sequences: its sequences see each other, or forward= or targets= of the objective read it. Give "
                     "micro-batches that end where the recipe's batches end"
                 )
-            found.append(cut(batch, low, high, count))
+            found.append(self.objective.cut(batch, low, high))
         return found

@@ -2,7 +2,8 @@
 
 A step's whole batch goes through the model once as it is measured (eval mode, float32), its middle sequences once more
 alone: the same outputs mean that nothing random is left on, nothing moves from call to call, and no sequence sees
-another. One pass more, as a rule, compares the loss with the loop's or the model's own, or train mode with eval mode.
+another. One pass more, as a rule, compares the loss with the loop's, or train mode with eval mode. A model's own loss is
+compared where its labels are met first (problem.own_loss).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.batches import Batch, cut
+from hessprobe.problem.batches import Batch, tensors_of
 from hessprobe.problem.losses import AutogradLoss
-from hessprobe.problem.measuring import measuring, with_parameters
+from hessprobe.problem.measuring import measuring
 from hessprobe.problem.modes import (
     activation_types,
     batch_statistics,
@@ -35,7 +36,6 @@ from hessprobe.problem.trained_loss import (
     Trained,
     another_function,
     another_loss,
-    another_own_loss,
     compare,
 )
 
@@ -152,13 +152,7 @@ class _Row:
             return found
         if said is not None:
             return replace(found, loss_train_mode=self._compared(said, measured))
-        own = self._own_loss()
-        if own is None:
-            return self._in_train_mode(found, measured)
-        first = float(measured.sums[0] / measured.tokens[0])
-        if isfinite(own) and abs(own - first) > measured.rounding + self._half_slack * abs(first):
-            raise UserError(another_own_loss(own, first))
-        return found
+        return self._in_train_mode(found, measured)
 
     @property
     def _half_slack(self) -> float:
@@ -172,7 +166,7 @@ class _Row:
             if keep and i == self._largest:
                 self._outputs = z
             sums.append(self.objective.loss_function.value(z, y).double())
-            tokens.append(float(self.objective.tokens(batch)))
+            tokens.append(float(self.objective.weight(batch)))
             groups += self._grouped(batch, z, y)
             largest, eps = max(largest, float(z.abs().max())), max(eps, torch.finfo(z.dtype).eps)
         parts, counts = zip(*groups, strict=True)
@@ -195,7 +189,7 @@ class _Row:
         wanted = -(-GROUPS // len(self.batches))
         size = unit * max(1, -(-len(z) // unit // wanted))
         parts = [slice(start, start + size) for start in range(0, len(z), size)]
-        return [(loss.value(z[part], y[part]), loss.valid(y[part]).sum()) for part in parts]
+        return [(loss.value(z[part], y[part]), loss.weights(y[part]).sum()) for part in parts]
 
     def _check_apart(self, *, halved: bool) -> None:
         """Compares the largest micro-batch's middle sequences with themselves alone: one pass over a part of it."""
@@ -207,7 +201,7 @@ class _Row:
         def alone() -> Tensor | None:
             with measuring(self.model, forward_mode=False):
                 try:
-                    part = cut(batch, start, stop, count) if count > 1 else batch
+                    part = self.objective.cut(batch, start, stop) if count > 1 else batch
                     found = self.objective.outputs(part, self.leaves)
                 except Exception:  # a batch that cannot be cut stays whole, or the row says why not
                     return None
@@ -235,17 +229,6 @@ class _Row:
         eps = torch.finfo(z.dtype).eps
         if abs(parts - whole) > eps**0.58 * abs(whole) + 30 * eps * float(z.abs().max()) * len(z):
             raise UserError(_PAIRED.format(whole=whole / len(z), parts=parts / len(z)))
-
-    def _own_loss(self) -> float | None:
-        """Returns the model's own loss on the first micro-batch, where it gives one."""
-        batch = self.batches[0]
-        if not isinstance(batch, Mapping):
-            return None
-        if self.leaves is None:
-            own = self.objective.own_loss(batch)
-        else:
-            own = with_parameters(self.model, self.leaves, lambda: self.objective.own_loss(batch))
-        return None if own is None else float(own)
 
     def _run(self, *, statistics: bool = False, autocast: bool = False, seed: int = 0) -> Losses:
         """Runs the batch as training does: in the modules' own modes and the parameters' own precision.
@@ -346,4 +329,4 @@ def _shapes(thing: Any) -> object:
         return tuple((key, _shapes(value)) for key, value in thing.items())
     if isinstance(thing, (list, tuple)):
         return type(thing).__name__, tuple(_shapes(value) for value in thing)
-    return type(thing).__name__
+    return type(thing).__name__, tuple((tuple(x.shape), x.dtype) for x in tensors_of(thing))

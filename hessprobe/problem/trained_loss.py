@@ -69,7 +69,7 @@ class Losses:
     """The losses of one pass over a step's micro-batches.
 
     Attributes:
-        sums, tokens: of every micro-batch (k,), in float64.
+        sums, tokens: of every micro-batch (k,), in float64; of weighted losses tokens are the weights they divide by.
         group_sums, group_tokens: of groups of tokens that make up all of them (g,).
         largest: the largest output's size, which rounding goes by.
         eps: of the type that outputs came in.
@@ -217,16 +217,6 @@ def another_loss(said: Trained, measured: Losses, drawn: Losses | None = None, a
         f"the loss measured is not the loss trained: of this step's whole batch it is {ours:.6g} as measured{in_training}, "
         f"and {given:.6g} was passed as loss=. {reasons}. Say how training computes it with loss=, forward=, targets= or "
         "auxiliary= when making the recorder, or pass the batch's mean loss per token"
-    )
-
-
-def another_own_loss(own: float, ours: float) -> str:
-    """Returns the sentence on a model whose own loss is not ours."""
-    return (
-        f"the loss measured is not the model's own: for the same batch the model returns {own:.6g} and {ours:.6g} is "
-        f"measured. {scaled(own, ours, {}) or f'Likely reasons: {LIKELY}; the decoder inputs of an encoder-decoder'}. Say "
-        "what is trained with loss=, forward=, targets= or auxiliary= when making the recorder; where the loop computes "
-        "the loss itself, pass it: recorder(step, batch, loss=loss)"
     )
 
 
