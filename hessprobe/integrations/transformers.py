@@ -102,7 +102,9 @@ class ProbeCallback(TrainerCallback):
                     "ProbeCallback cannot read parameters that DeepSpeed or FSDP have sharded: train with "
                     "DistributedDataParallel, or measure a checkpoint"
                 )
-            seed = args.seed if self.seed is None else self.seed
+            loader, seed = kwargs.get("train_dataloader"), args.seed if self.seed is None else self.seed
+            if self.batches is None:
+                _check_drawable(loader)  # before there is a folder
             recorder = self._hosted.begin(
                 kwargs["model"],
                 first_step=state.global_step,
@@ -110,7 +112,7 @@ class ProbeCallback(TrainerCallback):
                 steps=state.max_steps if state.max_steps > 0 else None,
                 seed=seed,
             )
-            self._draw = self.batches or _TrainingSet(kwargs.get("train_dataloader"), recorder, seed)
+            self._draw = self.batches or _TrainingSet(loader, recorder, seed)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measures what is due after an optimizer step."""
@@ -129,13 +131,7 @@ class _TrainingSet:
     """Draws micro-batches from a DataLoader's own set, as large as the loader's, by (seed, step) alone."""
 
     def __init__(self, loader: Any, recorder: Recorder, seed: int) -> None:
-        dataset: Any = getattr(loader, "dataset", None)
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise UserError(
-                f"the training set is a stream ({type(dataset).__name__}), and reading from it would take examples away "
-                "from training: pass batches=, a function step -> batch to measure on"
-            )
-        self.dataset, self.seed = dataset, seed
+        self.dataset, self.seed = loader.dataset, seed
         # A collator that draws (masks) may hold a generator of its own, which must not move on.
         self.collate = copy.deepcopy(loader.collate_fn)
         self.sequences = max(recorder.sequences, 1)
@@ -152,3 +148,13 @@ class _TrainingSet:
             self.collate([self.dataset[i] for i in own[start : start + self.size]])
             for start in range(0, len(own), self.size)
         ]
+
+
+def _check_drawable(loader: Any) -> None:
+    """Raises a UserError where examples cannot be taken from the training set without taking them from training."""
+    dataset: Any = getattr(loader, "dataset", None)
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserError(
+            f"the training set is a stream ({type(dataset).__name__}), and reading from it would take examples away "
+            "from training: pass batches=, a function step -> batch to measure on"
+        )
