@@ -125,8 +125,10 @@ def probe_models(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A text file or folder, hub:OWNER/NAME/CONFIG, or MODULE:FUNCTION that gives batches (with --model); default "
-            "the run's own data."),
+        typer.Option(
+            help="A text file or folder, hub:OWNER/NAME/CONFIG, or MODULE:FUNCTION that gives batches (with --model); "
+            "default the run's own data."
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -151,7 +153,7 @@ def probe_models(
         typer.Option("--log", help="Send a few scalars to tensorboard or wandb too; may be repeated."),
     ] = None,
 ) -> None:
-    """Measure checkpoints without training: a run's, transformers', or yours (--model). A series of them becomes the step axis."""
+    """Measure checkpoints without training: a run's, transformers', or yours (--model). A series becomes the step axis."""
     settings = _settings(probe, None, None, None, None, device, seed, setting, log)
 
     from hessprobe.training.probing.series_run import measure_series, open_series

@@ -29,10 +29,12 @@ class ProbeCallback(Callback):
 
     Training ends in the same weights, bit for bit, as without, and nothing that goes wrong in measuring ends it: it is
     logged (logger "hessprobe"), and training goes on. A second `fit` goes on in the same folder where the trainer's steps
-    go on, and in a folder beside it (runs/mine-2) where they start again. A step is a batch on which an optimizer moved, the first
-    one 0, so accumulated micro-batches are one step, measured on all of them, and so are several optimizers' moves. The
-    number of steps travels with Lightning's checkpoints, so a resumed fit goes on in the same folder. Under a strategy of
-    several processes (ddp) they measure together, each its share of all batches of the step; the first alone writes.
+    go on, and in a folder beside it (runs/mine-2) where they start again.
+
+    A step is a batch on which an optimizer moved, the first one 0, so accumulated micro-batches are one step, measured on
+    all of them, and so are several optimizers' moves. The number of steps travels with Lightning's checkpoints, so a
+    resumed fit goes on in the same folder. Under a strategy of several processes (ddp) they measure together, each its
+    share of all batches of the step; the first alone writes.
 
     Args:
         folder: of the run, from the working directory of now.
@@ -120,9 +122,7 @@ class ProbeCallback(Callback):
                     f"ProbeCallback cannot read parameters that {strategy} has sharded: train with "
                     "DistributedDataParallel, or measure a checkpoint"
                 )
-            self._hosted.begin(
-                pl_module, first_step=self.step, optimizer=trainer.optimizers, seed=self.seed
-            )
+            self._hosted.begin(pl_module, first_step=self.step, optimizer=trainer.optimizers, seed=self.seed)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -35,7 +35,9 @@ class PreconditionerProbe(Probe):
             curvature batch as its batches.
 
     A batch of fewer sequences than the recipe lays out is measured as far as it goes, which is said once; the row says how
-    far (curvature_sequences_read, held_out_sequences_read). A candidate that raises, or whose direction is zero or not finite, is left out with the reason in
+    far (curvature_sequences_read, held_out_sequences_read).
+
+    A candidate that raises, or whose direction is zero or not finite, is left out with the reason in
     `candidate_failure`; the others stand. Those that are solves (layerwise_gn, full_gn, grouped_gn_*) have no condition
     number: every product with their inverse would be a solve of its own.
 

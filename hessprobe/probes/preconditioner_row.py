@@ -25,7 +25,9 @@ class PreconditionerRow:
     First `judge_by` the held-out site; then for every curvature batch `build_on` it, and `judge` or `fail` each candidate.
     """
 
-    def __init__(self, table: Table, recipe: PreconditionerRecipe, sizes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, table: Table, recipe: PreconditionerRecipe, sizes: Sequence[int] | None = None
+    ) -> None:
         self.recipe = recipe
         self.sizes = list(recipe.curvature_sequences if sizes is None else sizes)
         self.names = list(table.coordinates["candidate"])

@@ -1,4 +1,4 @@
-"""Why a row could not be measured, in one line: a mistake in its own words, anything else with the place in the user's code."""
+"""Why a row could not be measured, in one line: a mistake in its own words, else with the place in the user's code."""
 
 from __future__ import annotations
 

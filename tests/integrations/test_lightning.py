@@ -226,7 +226,9 @@ def fails(*_: object) -> Any:
 @pytest.mark.parametrize("given", [{"objective": fails}, {"forward": fails}, {"partition": fails}])
 def test_what_fails_once_training_has_begun_is_logged_and_training_ends_as_without(tmp_path, given, caplog):
     bare = fit(Language, tmp_path)
-    assert same_weights(bare, fit(Language, tmp_path, ProbeCallback(tmp_path / "run", SMALL, every=2, **given)))
+    assert same_weights(
+        bare, fit(Language, tmp_path, ProbeCallback(tmp_path / "run", SMALL, every=2, **given))
+    )
     assert "KeyError" in caplog.text and "in fails" in caplog.text
 
 
@@ -238,7 +240,10 @@ def test_a_strange_state_in_a_checkpoint_counts_from_0(tmp_path, state):
 
 
 def test_a_second_fit_goes_on_where_steps_go_on_and_is_beside_where_they_start_again(tmp_path, caplog):
-    callback, options = ProbeCallback(tmp_path / "run", SMALL, every=3), {"max_epochs": 1, "limit_test_batches": 1}
+    callback, options = (
+        ProbeCallback(tmp_path / "run", SMALL, every=3),
+        {"max_epochs": 1, "limit_test_batches": 1},
+    )
     pl.seed_everything(4, verbose=False)
     quiet = {
         "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,

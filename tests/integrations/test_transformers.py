@@ -292,7 +292,9 @@ IN_TRAINING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("fault", IN_TRAINING)
 def test_what_fails_once_training_has_begun_is_logged_and_training_ends_as_without(tmp_path, fault, caplog):
     bare = train("gpt2", tmp_path, max_steps=2)
-    probed = train("gpt2", tmp_path, ProbeCallback(tmp_path / "run", every=1, **IN_TRAINING[fault]), max_steps=2)
+    probed = train(
+        "gpt2", tmp_path, ProbeCallback(tmp_path / "run", every=1, **IN_TRAINING[fault]), max_steps=2
+    )
     assert same_weights(bare, probed)
     assert [record for record in caplog.records if record.name == "hessprobe"]
 
@@ -325,7 +327,9 @@ class SmallDevice(Trainer):
 
 
 @pytest.mark.parametrize("fits_until", [0, 1])
-def test_a_retry_with_a_smaller_batch_goes_on_or_is_recorded_beside(tmp_path, fits_until, monkeypatch, caplog):
+def test_a_retry_with_a_smaller_batch_goes_on_or_is_recorded_beside(
+    tmp_path, fits_until, monkeypatch, caplog
+):
     monkeypatch.setitem(globals(), "Trainer", SmallDevice)
     monkeypatch.setattr(SmallDevice, "fits_until", fits_until)
     options = {"auto_find_batch_size": True, "max_steps": 2}

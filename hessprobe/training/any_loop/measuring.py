@@ -72,9 +72,7 @@ class Measuring:
         if self._before is not None:
             self._before[1].mul_(1 + 1e-3)
 
-    def rows(
-        self, step: int, due: Sequence[Probe], batch: Any, *, trained: Any = None
-    ) -> list[Measurement]:
+    def rows(self, step: int, due: Sequence[Probe], batch: Any, *, trained: Any = None) -> list[Measurement]:
         """Measures and writes the rows that are due, a failed one with its reason.
 
         Args:

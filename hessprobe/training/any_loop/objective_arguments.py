@@ -33,7 +33,10 @@ def objective_of(given: Objective | nn.Module, arguments: Arguments) -> Objectiv
 def check_agreement(objective: object, arguments: Arguments) -> None:
     """Raises a UserError where an argument stands beside an objective that does not say the same."""
     loss = getattr(objective, "loss_function", None)
-    same = {"loss": (loss, getattr(loss, "name", None)), "ignore_index": (getattr(loss, "ignore_index", None),)}
+    same = {
+        "loss": (loss, getattr(loss, "name", None)),
+        "ignore_index": (getattr(loss, "ignore_index", None),),
+    }
     wrong = [
         name
         for name, value in arguments.items()

@@ -90,8 +90,8 @@ class Recorder:
 
     Raises:
         UserError: no trainable parameters, a probe that sharded ones cannot have, an unknown probe or option, a schedule
-            that is none, a folder that cannot be written or holds a run already, an objective beside arguments of another; in
-            every process, where one of them met it.
+            that is none, a folder that cannot be written or holds a run already, an objective beside other
+            arguments; in every process, where one of them met it.
             Processes that have not come within 5 minutes, or that differ in what they ask for.
 
     Cost: a step that is not due takes some microseconds, the step before a due one a copy of theta (p numbers, held
@@ -133,7 +133,11 @@ class Recorder:
         self._last, self._reasons, self._patience = first_step - 1, {}, Patience()
         self._said: set[str] = set()
         self._rows_recorded = 0
-        self._left, self._steps, self._seconds = 0.0, 0, 0.0  # when the last call ended; of the loop's own steps
+        self._left, self._steps, self._seconds = (
+            0.0,
+            0,
+            0.0,
+        )  # the last call's end; the loop's own steps, and their time
         self._meeting = Meeting(processes, next(self.model.parameters(), torch.empty(0)).device)
         self.processes = self._meeting.processes
         self._agreed = self.processes.count == 1  # on the number of the first call's step
@@ -154,6 +158,8 @@ class Recorder:
                 self._recorder = self._opened(steps, resume, beside)
             self._labels = self.processes.from_first(self._labels_kept)
         except BaseException as error:
+            if hasattr(self, "_recorder"):  # another process has failed
+                self._recorder.writer.close()
             self._meeting.leave()
             if isinstance(error, UserError) and (said := for_recorder(str(error))) != str(error):
                 raise UserError(said) from error
@@ -235,10 +241,10 @@ class Recorder:
             return found
         try:
             found = self._checked(batch, loss)
+            if self.processes.is_first:
+                print(found)
         except Exception as error:
             self._stop(max(self._last, 0), error)
-        if self.processes.is_first:
-            print(found)
         self._left = 0.0  # what was spent here is no step of the loop
         return found
 
@@ -338,9 +344,7 @@ class Recorder:
         return Labels(json.loads(writer.attributes.get(ATTRIBUTE, "{}")), max(recorded, default=-1))
 
     def _measuring_into(self, recorder: ProbeRecorder) -> Measuring:
-        return Measuring(
-            self.objective, self.partition, self.optimizers, self.seed, self._meeting, recorder
-        )
+        return Measuring(self.objective, self.partition, self.optimizers, self.seed, self._meeting, recorder)
 
     def _look_ahead(self, step: int) -> None:
         """Notes what is due at the coming step, and if anything is, theta and the optimizer as they are before it."""
@@ -408,7 +412,8 @@ class Recorder:
         trial.keep_before(step, probes)
         trial.pretend_update()
         found = self._rows(trial, step, probes, batch, loss)
-        if sum(row.seconds for row in found) < AGAIN:  # the first pays what torch sets up once
+        taken = sum(row.seconds for row in found)
+        if self.processes.from_first(lambda: taken < AGAIN):  # the first pays what torch sets up once
             trial.keep_before(step, probes)
             trial.pretend_update()
             found = self._rows(trial, step, probes, batch, loss)

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hessprobe.probes.probe import Probe
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.probes.probe import Probe
 from hessprobe.training.probe_schedule import Every, Schedule
 from hessprobe.training.recorder import Measurement
 
@@ -134,7 +134,9 @@ def _cheaper(measured: Measurement, probe: Probe, schedule: Schedule, steps: flo
     read = int(float(measured.row["sequences"]))
     if hasattr(section, "curvature_sequences"):
         sizes = [size for size in section.curvature_sequences if size <= read // 4] or [max(2, read // 4)]
-        found.append(json.dumps({probe.name: {"curvature_sequences": sizes, "held_out_sequences": max(2, read // 4)}}))
+        found.append(
+            json.dumps({probe.name: {"curvature_sequences": sizes, "held_out_sequences": max(2, read // 4)}})
+        )
     elif read >= 8:
         found.append(json.dumps({probe.name: {"sequences": read // 2}}))
     return found

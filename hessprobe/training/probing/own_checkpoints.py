@@ -119,8 +119,8 @@ def _recipe_beside(file: Path) -> Recipe:
             return build_recipe(read_recipe(folder / RECIPE_FILE))
     raise UserError(
         f"{file} lies in no run's folder (there is no {RECIPE_FILE} beside its folder), so its model and data are not "
-        f"known: give RUN or RUN/checkpoint/{FILE}; of transformers give the folder, not a file in it; of any other code say "
-        "which model it is, --model module:function"
+        f"known: give RUN or RUN/checkpoint/{FILE}; of transformers give the folder, not a file in it; of any other code "
+        "say which model it is, --model module:function"
     )
 
 

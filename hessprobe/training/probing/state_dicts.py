@@ -100,14 +100,18 @@ def read_weights(file: str) -> dict[str, Tensor]:
             return dict(_safetensors(file).load_file(file))
         held = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL ([\w.]+)|(?:Unsupported (?:class|global|operand)[^\w]*)([\w.]+)", str(error))
+        what = re.search(
+            r"GLOBAL ([\w.]+)|(?:Unsupported (?:class|global|operand)[^\w]*)([\w.]+)", str(error)
+        )
         named = f" ({what[1] or what[2]})" if what else ""
         raise UserError(
             f"{file} holds more than tensors{named}, and nothing is unpickled here, since that could run its code: save "
             "the weights alone, torch.save(model.state_dict(), FILE), or safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} cannot be read as weights, it may be damaged ({reason_of(error)})") from error
+        raise UserError(
+            f"{file} cannot be read as weights, it may be damaged ({reason_of(error)})"
+        ) from error
     weights = _weights_in(held)
     if weights is None:
         inside = ", ".join(map(str, held)) if isinstance(held, Mapping) else type(held).__name__
@@ -185,7 +189,9 @@ class StateDicts:
         self._function = model
         self._data = data if data is not None and _names_function(data) else None
         source = None if self._data else data
-        stem = Path(self.names[0]).stem if len(self.names) == 1 else Path(self.names[0]).absolute().parent.name
+        stem = (
+            Path(self.names[0]).stem if len(self.names) == 1 else Path(self.names[0]).absolute().parent.name
+        )
         self.recipe = recipe_of({"name": f"{stem}-probe"}, settings, data=source, sequences=sequences)
         check_probes(self.recipe)
         made = _made(function_named(model, "--model"), model)
@@ -201,8 +207,8 @@ class StateDicts:
             return _Given(found, self._data, self._objective)
         if not self.vocabulary:
             raise UserError(
-                f"--model {self._function}: this model has no nn.Embedding that would read a text's tokens: give its batches, "
-                "--data module:function"
+                f"--model {self._function}: this model has no nn.Embedding that would read a text's tokens: give its "
+                "batches, --data module:function"
             )
         model = ModelRecipe(context=self.context, vocabulary=self.vocabulary)
         return open_corpus(self.recipe.model_copy(update={"model": model}))
@@ -218,14 +224,20 @@ class StateDicts:
         name = self.names[number]
         weights, prefix = fitting(model, read_weights(name), name)
         if prefix and not self.notes:
-            self.notes.append(f"the names in {name} begin with {prefix!r}, which is left out to fit the model")
+            self.notes.append(
+                f"the names in {name} begin with {prefix!r}, which is left out to fit the model"
+            )
         model.load_state_dict(weights)
 
     def origins(self) -> list[dict[str, Any]]:
         return [{"file": str(Path(name).absolute())} for name in self.names]
 
     def described(self) -> dict[str, Any]:
-        return {"function": self._function, "class": type(self._objective.model).__name__, "data": self._data or ""}
+        return {
+            "function": self._function,
+            "class": type(self._objective.model).__name__,
+            "data": self._data or "",
+        }
 
     def _first_weights(self) -> None:
         """Puts the first file's weights into the model: whether they fit is told before anything is written."""
@@ -261,7 +273,9 @@ def _made(function: Any, name: str, flag: str = "--model") -> Any:
     except Exception as error:  # whatever the user's function raises
         raise UserError(f"{flag} {name}: {reason_of(error)}; it is called without arguments") from error
     if flag == "--model" and not isinstance(found, (nn.Module, Objective)):
-        raise UserError(f"{flag} {name} returned {type(found).__name__}; wanted an nn.Module or an hp.Objective")
+        raise UserError(
+            f"{flag} {name} returned {type(found).__name__}; wanted an nn.Module or an hp.Objective"
+        )
     return found
 
 

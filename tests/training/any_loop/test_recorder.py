@@ -443,7 +443,9 @@ def test_a_recorder_may_be_closed_twice_and_called_afterwards(tmp_path, caplog):
     assert tables(tmp_path)["seen"].sizes["step"] == 0
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "no"), FileNotFoundError(2, "gone"), OSError(5, "torn")])
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "no"), FileNotFoundError(2, "gone"), OSError(5, "torn")]
+)
 def test_a_folder_that_is_lost_ends_the_recording_not_the_training(tmp_path, monkeypatch, caplog, error):
     def lost(*_: object) -> None:
         raise error
@@ -520,9 +522,13 @@ def test_a_check_says_what_rows_cost_writes_none_and_changes_nothing(tmp_path, c
         again = held.check(next(batches(1)))
     assert [probe.probe for probe in found.probes] == ["cross_layer", "clumsy", "seen"]
     assert not found.ok and "fell over" in found.probes[1].failure
-    assert found.probes[0].seconds > 0 and found.probes[0].steps == found.probes[0].seconds / found.step_seconds
+    assert (
+        found.probes[0].seconds > 0 and found.probes[0].steps == found.probes[0].seconds / found.step_seconds
+    )
     assert "every=" in str(found.probes[0])
-    assert found.step_from == "taken as one gradient of this batch" and again.step_from == "the mean of 2 so far"
+    assert (
+        found.step_from == "taken as one gradient of this batch" and again.step_from == "the mean of 2 so far"
+    )
     assert capsys.readouterr().out == f"{found}\n{again}\n"
     assert tables(tmp_path)["cross_layer"].step.values.tolist() == [0, 2]
     assert np.isfinite(tables(tmp_path)["cross_layer"].step_slope.values).all()

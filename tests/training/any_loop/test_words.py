@@ -13,7 +13,7 @@ SAID = {
     "fewer gn_hessian.sequences": 'fewer {"gn_hessian": {"sequences": ...}}',
     "go on with --resume": "go on with resume=True",
     "recipe key cross_layer.sequences = 1: too few": "option cross_layer.sequences = 1: too few",
-    "KeyError: 'x' (hessprobe/probes/cross_layer.py:3, in measure)": "KeyError: 'x' (hessprobe/probes/cross_layer.py:3, in measure)",
+    "hessprobe/probes/cross_layer.py:3, in measure": "hessprobe/probes/cross_layer.py:3, in measure",
 }
 
 
