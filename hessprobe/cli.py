@@ -115,8 +115,8 @@ def probe_models(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="A run's folder or checkpoint file; a folder of transformers, or a name on the Hub. Several checkpoints "
-            "of one model are one series.",
+            help="A run's folder or checkpoint file; a folder of transformers, or a name on the Hub; with --model files of "
+            "weights, a folder of them or a pattern. Several checkpoints of one model are one series.",
         ),
     ],
     probe: Annotated[
@@ -125,7 +125,17 @@ def probe_models(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A text file or folder, or hub:OWNER/NAME/CONFIG; default the run's own data."),
+        typer.Option(
+            help="A text file or folder, hub:OWNER/NAME/CONFIG, or MODULE:FUNCTION that gives batches (with --model); "
+            "default the run's own data."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Makes the model (nn.Module or hp.Objective) whose weights the files hold: Lightning's .ckpt, state_dicts.",
+        ),
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="Sequences that a row reads.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
@@ -143,12 +153,12 @@ def probe_models(
         typer.Option("--log", help="Send a few scalars to tensorboard or wandb too; may be repeated."),
     ] = None,
 ) -> None:
-    """Measure checkpoints without training: a run's, or transformers'. A series of them becomes the step axis."""
+    """Measure checkpoints without training: a run's, transformers', or yours (--model). A series becomes the step axis."""
     settings = _settings(probe, None, None, None, None, device, seed, setting, log)
 
     from hessprobe.training.probing.series_run import measure_series, open_series
 
-    series = open_series(models, settings, data=data, sequences=sequences, context=context)
+    series = open_series(models, settings, data=data, sequences=sequences, context=context, model=model)
     folder = out or _free_folder(Path("runs") / series.recipe.name)
     measure_series(series, folder)
     _say_written(folder)

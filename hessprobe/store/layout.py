@@ -76,6 +76,11 @@ def create_table(folder: Path, table: Table, steps: Sequence[int] | None) -> Non
     os.rename(building, folder / LOG / table.name)
 
 
+def annotate_log(folder: Path, attributes: Mapping[str, str]) -> None:
+    """Adds root attributes to folder/log.zarr: the metadata file is replaced in one move."""
+    zarr.open_group(folder / LOG, mode="r+", use_consolidated=False).attrs.update(dict(attributes))
+
+
 def _label(group: zarr.Group, steps: Sequence[int]) -> None:
     cast(zarr.Array, group[STEP])[:] = np.asarray(steps, dtype=np.int64)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from typing import Any, Protocol
@@ -13,15 +13,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from hessprobe.errors import UserError
 from hessprobe.probes.cross_layer import CrossLayerProbe
 from hessprobe.probes.gn_hessian import GNHessianProbe
 from hessprobe.probes.preconditioner import PreconditionerProbe
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ALONE, PeerFailed, Processes, ProcessLost
+from hessprobe.problem.processes import ALONE, Processes, ProcessLost
 from hessprobe.recipe import Recipe
 from hessprobe.store.schema import CHECK_VARIABLES, Table
+from hessprobe.training.failures import reason_of
 from hessprobe.training.probe_schedule import Every, Schedule
 
 CHECKED = tuple(variable.name for variable in CHECK_VARIABLES)
@@ -42,6 +42,10 @@ class RowWriter(Protocol):
         """Records that a row could not be measured."""
         ...
 
+    def annotate(self, attributes: Mapping[str, str]) -> None:
+        """Adds attributes of the run."""
+        ...
+
     def close(self) -> None:
         """Ends the writing."""
         ...
@@ -55,6 +59,8 @@ class NothingWritten:
     def write(self, table: str, step: int, row: Mapping[str, Any]) -> None: ...
 
     def fail(self, table: str, step: int, reason: str) -> None: ...
+
+    def annotate(self, attributes: Mapping[str, str]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -88,6 +94,7 @@ class ProbeRecorder:
         probes: the instruments.
         steps: length of the run: a probe is due at steps 0, every, 2 every, ... below it. None where it is not known.
         schedules: other schedules than that, by probe.
+        words: what makes of a failure's reason one whose way out can be typed by who reads it.
     """
 
     def __init__(
@@ -97,8 +104,9 @@ class ProbeRecorder:
         partition: Partition,
         steps: int | None,
         schedules: Mapping[str, Schedule] | None = None,
+        words: Callable[[str], str] = str,
     ) -> None:
-        self.writer = writer
+        self.writer, self.words = writer, words
         self.schedule: dict[str, Container[int]] = {}
         self.probes = list(probes)
         for probe in probes:
@@ -112,6 +120,11 @@ class ProbeRecorder:
     def due(self, step: int) -> list[Probe]:
         """Returns the probes that measure at this step."""
         return [probe for probe in self.probes if step in self.schedule[probe.name]]
+
+    def has_place(self, probe: Probe, step: int) -> bool:
+        """Tells whether a probe's table can take a row of this step, due or not."""
+        rows = self.schedule[probe.name]
+        return not isinstance(rows, frozenset) or step in rows
 
     def record(
         self, probe: Probe, snapshot: Snapshot, checked: Mapping[str, float] | None = None
@@ -154,8 +167,7 @@ class ProbeRecorder:
         Raises:
             UserError: the disk is full.
         """
-        told = isinstance(error, (UserError, PeerFailed))  # in words for the reader
-        reason = str(error) if told else f"{type(error).__name__}: {error}"
+        reason = self.words(reason_of(error))
         self.writer.fail(probe.name, step, reason)
         return Measurement(probe=probe.name, step=step, seconds=seconds, row=None, failure=reason)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +59,13 @@ FAILURES = {
 }
 
 
+def place_in_tests(function: Any) -> str:
+    """Returns where a function raises, as a reason names it."""
+    lines, first = inspect.getsourcelines(function)
+    line = first + next(i for i, text in enumerate(lines) if "raise " in text)
+    return f"{Path(__file__).relative_to(Path.cwd())}:{line}, in {function.__name__}"
+
+
 def snapshot(step: int) -> Snapshot:
     problem = models.ZOO["mlp_classifier"](models.seeded(0))
     partition = Partition.of(problem.model, "module")
@@ -73,6 +82,8 @@ def test_a_failed_row_carries_its_reason_and_the_next_one_is_measured(tmp_path, 
     with RunWriter.create(tmp_path, {}) as writer:
         held = ProbeRecorder(writer, [probe], snapshot(0).partition, steps=6)
         found = [held.record(probe, snapshot(step)) for step in (0, 2, 4)]
+    if type(raised) not in (UserError, float):  # then the place in the code that raised it is named
+        reason += f" ({place_in_tests(Scripted.measure)})"
     assert [measurement.failure for measurement in found] == ["", reason, ""]
     assert [measurement.row is None for measurement in found] == [False, True, False]
     table = tables(tmp_path)["scripted"]
@@ -91,8 +102,9 @@ def test_a_run_whose_probe_always_fails_ends_as_if_it_had_none(tmp_path, monkeyp
     train(recipe(tmp_path / "bare", *settings), tmp_path / "bare")
     assert torch.equal(state(tmp_path / "run")["parameters"], state(tmp_path / "bare")["parameters"])
     table = tables(tmp_path / "run")["cross_layer"]
-    assert table.failure.values.tolist() == ["RuntimeError: vmap: no batching rule for [aten::/weird]"] * 2
-    assert "no batching rule for [aten::/weird] (training goes on)" in capsys.readouterr().err
+    reason = f"RuntimeError: vmap: no batching rule for [aten::/weird] ({place_in_tests(refuse)})"
+    assert table.failure.values.tolist() == [reason] * 2
+    assert f"{reason} (training goes on)" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_no_failed_probe(tmp_path, monkeypatch):

@@ -40,6 +40,9 @@ class Measuring:
         objective: with the meeting's processes.
         optimizers: what trains.
         seed: of the probes' random vectors.
+
+    Attributes:
+        at_present: whether a loss that is passed is of the weights as they are now; else of those before the step.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Measuring:
         self.meeting, self.processes, self.recorder = meeting, meeting.processes, recorder
         self.sharded = is_sharded(objective.model)
         self._before: tuple[int, Tensor, RunningOptimizer | None] | None = None
+        self.at_present = False
         self._checks, self._noted = RowChecks(objective, partition, undisturbed), set[str]()
 
     def keep_before(self, step: int, due: Sequence[Probe]) -> None:
@@ -72,6 +76,12 @@ class Measuring:
     def forget(self) -> None:
         """Frees what was kept."""
         self._before = None
+
+    def pretend_update(self) -> None:
+        """Takes theta before the step for slightly other than it was: a row that is tried then costs what a row costs."""
+        self.at_present = True
+        if self._before is not None:
+            self._before[1].mul_(1 + 1e-3)
 
     def rows(self, step: int, due: Sequence[Probe], batch: Any, *, trained: Any = None) -> list[Measurement]:
         """Measures and writes the rows that are due, a failed one with its reason.
@@ -166,9 +176,9 @@ class Measuring:
         """
         if self.sharded:
             return UNCHECKED
-        theta = self._theta() if before is None else before
+        theta = self._theta() if before is None or self.at_present else before
         batches = self.objective.micro_batches(placed(batch, theta.device))
-        found = self._checks.check(batches, theta, trained, before=before is not None)
+        found = self._checks.check(batches, theta, trained, before=before is not None or self.at_present)
         for note in found.notes:
             if note not in self._noted and self.processes.is_first:
                 LOGGER.warning("%s (said once)", note)
