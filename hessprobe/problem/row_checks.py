@@ -9,7 +9,7 @@ compared where its labels are met first (problem.own_loss).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import isfinite, nan
 from typing import Any
@@ -162,7 +162,8 @@ class _Row:
         sums, tokens, groups, largest, eps = [], [], [], 0.0, 0.0
         before = random_states(self.device)
         for i, batch in enumerate(self.batches):
-            z, y = self.objective.outputs(batch, leaves), self.objective.targets(batch)
+            with torch.no_grad():  # `measuring` asks for gradients
+                z, y = self.objective.outputs(batch, leaves), self.objective.targets(batch)
             if keep and i == self._largest:
                 self._outputs = z
             sums.append(self.objective.loss_function.value(z, y).double())
@@ -199,7 +200,7 @@ class _Row:
         expected = whole[start * positions : stop * positions]
 
         def alone() -> Tensor | None:
-            with measuring(self.model, forward_mode=False):
+            with measuring(self.model, forward_mode=False), torch.no_grad():
                 try:
                     part = self.objective.cut(batch, start, stop) if count > 1 else batch
                     found = self.objective.outputs(part, self.leaves)
@@ -233,34 +234,48 @@ class _Row:
     def _run(self, *, statistics: bool = False, autocast: bool = False, seed: int = 0) -> Losses:
         """Runs the batch as training does: in the modules' own modes and the parameters' own precision.
 
+        Where the model cannot (its loop enters autocast, or casts what goes in), it runs as it is measured but for modes.
+
         Args:
             statistics: batch statistics alone, and else as in eval mode.
-            autocast: in bfloat16; in full precision where the model cannot.
+            autocast: in bfloat16.
             seed: of what is drawn; what training draws is not known.
         """
-        leaves = self.leaves
-        if leaves is not None and self.half:
-            types = {name: p.dtype for name, p in self.model.named_parameters()}
-            leaves = {name: x.to(types.get(name, x.dtype)) for name, x in leaves.items()}
+        if self.half or autocast:
+            try:
+                return self._once(self._own_precision(), statistics=statistics, autocast=autocast, seed=seed)
+            except (RuntimeError, TypeError, ValueError):  # of types that do not fit
+                pass
+        return self._once(self.leaves, statistics=statistics, autocast=False, seed=seed)
+
+    def _once(
+        self, leaves: Mapping[str, Tensor] | None, *, statistics: bool, autocast: bool, seed: int
+    ) -> Losses:
         only = batch_statistics(self.model) if statistics else None
         with (
             self.kept(self.model),
             torch.no_grad(),
             training_modes(self.model, only),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=autocast),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=True) if autocast else nullcontext(),
         ):
             reseed(seed)
-            try:
-                return replace(self._losses(leaves), halved=autocast or self.half)
-            except Exception:
-                if not autocast:
-                    raise
-        return self._run(statistics=statistics, seed=seed)
+            return replace(self._losses(leaves), halved=autocast or self.half)
+
+    def _own_precision(self) -> Mapping[str, Tensor] | None:
+        if self.leaves is None or not self.half:
+            return self.leaves
+        types = {name: p.dtype for name, p in self.model.named_parameters()}
+        return {name: x.to(types.get(name, x.dtype)) for name, x in self.leaves.items()}
 
     def _compared(self, said: Trained, measured: Losses) -> float:
         statistics = batch_statistics(self.model)
         if not talks_in_training(self.model):
-            return compare(said, measured, self._run, statistics=statistics, half=self.half)
+            try:
+                return compare(said, measured, self._run, statistics=statistics, half=self.half)
+            except UserError:
+                raise
+            except Exception as error:  # nothing is known of how it trains, only that it is not this
+                raise UserError(another_loss(said, measured)) from error
         if measured.gap(said) <= measured.rounding + said.precision * abs(said.mean):
             return nan
         # A pass in train mode would wait for the other processes, which may have no cause to make one.
@@ -273,7 +288,10 @@ class _Row:
         if talks_in_training(self.model) or not any(module.training for module in self.model.modules()):
             return found
         statistics = batch_statistics(self.model)
-        trained = self._run(statistics=bool(statistics))
+        try:
+            trained = self._run(statistics=bool(statistics))
+        except Exception:  # only its loop knows how it trains
+            return found
         found = replace(found, loss_train_mode=trained.whole)
         allowed = measured.rounding + self._half_slack * abs(measured.whole)
         if trained.drew or abs(trained.whole - measured.whole) <= allowed:
