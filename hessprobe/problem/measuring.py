@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessprobe.problem.activations import closed_form_activations
+from hessprobe.problem.swapping import swapped
 
 Result = TypeVar("Result")
 
@@ -42,18 +43,19 @@ def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
                 module.training = mode
 
 
-class _Swapped(nn.Module):
-    """Runs a function while its model's parameters are swapped."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[], Result]) -> Result:
-        return function()
-
-
 def with_parameters(model: nn.Module, leaves: Mapping[str, Tensor], function: Callable[[], Result]) -> Result:
-    """Returns function() with the leaves in the parameters' places, in backward too, where checkpoints recompute."""
-    swapped = {f"model.{name}": leaf for name, leaf in leaves.items()}
-    return torch.func.functional_call(_Swapped(model), swapped, (function,))
+    """Returns function() with the leaves in the parameters' places, in backward too, where checkpoints recompute.
+
+    Afterwards every place holds the very object that it held before, also where function() raises.
+
+    Args:
+        leaves: by the parameters' names; of a tied tensor any of its names stands for all of its places.
+
+    Raises:
+        UserError: a parameter of that name and shape is no longer there.
+    """
+    back = swapped(model, leaves)
+    try:
+        return function()
+    finally:
+        back()

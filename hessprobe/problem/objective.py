@@ -56,7 +56,7 @@ class Objective:
         self.loss_function = loss_named(loss, ignore_index)
         self._splits: bool | None = None if forward is None and targets is None else False
         self._shift = forward is None and targets is None and _is_causal(self.model)
-        self._forward = _Forward(self.model, forward or default_forward, self._shifts)
+        self._forward = forward or default_forward
         self._targets = targets or default_targets
 
     @property
@@ -147,8 +147,8 @@ class Objective:
         Raises:
             UserError: outputs and targets do not fit together, or the model returns no tensor of outputs.
         """
-        swapped = {f"model.{name}": value for name, value in (parameters or {}).items()}
-        z = torch.func.functional_call(self._forward, swapped, (batch,))
+        z = with_parameters(self.model, parameters or {}, lambda: self._forward(self.model, batch))
+        z = z[:, :-1] if self._shifts(batch) else z
         y = self._targets(batch)
         z = z.reshape(-1, z.shape[-1]) if z.dim() > 1 else z.reshape(-1, 1)
         expected = self.targets(batch)
@@ -233,25 +233,6 @@ def pull_back(
     return torch.cat(
         [(torch.zeros_like(x) if g is None else g).reshape(-1) for x, g in zip(inputs, grads, strict=True)]
     )
-
-
-class _Forward(nn.Module):
-    """Lets functional_call swap parameters under any `forward(model, batch)`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        function: Callable[[nn.Module, Batch], Tensor],
-        shifts: Callable[[Batch], bool],
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-        self.shifts = shifts
-
-    def forward(self, batch: Batch) -> Tensor:
-        z = self.function(self.model, batch)
-        return z[:, :-1] if self.shifts(batch) else z
 
 
 def _is_causal(model: nn.Module) -> bool:

@@ -1,0 +1,130 @@
+"""Other tensors in the places of a model's parameters: every place that holds one, each once, and back whatever happens.
+
+A place is an entry of some module's `_parameters` or `_buffers`, or of a list, tuple or dictionary in a plain attribute (an
+LSTM's `_flat_weights`). Places belong to module objects, not to names: a module registered under two names has one set of
+them, and a tensor tied to another has several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessprobe.errors import UserError
+
+HALF = (torch.float16, torch.bfloat16)
+# What nn.Module itself keeps in a module's __dict__.
+OWN = frozenset(nn.Module().__dict__)
+CHANGED = "the parameters have changed since the recorder or the partition was made: make another"
+LARGEST = 4096  # entries of a container that is searched; a longer one is data
+_CONTAINERS = (list, tuple, dict)
+
+
+def swapped(model: nn.Module, leaves: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Puts the leaves in the parameters' places and returns what takes them out again.
+
+    Where the leaves (or, without any, the trainable parameters) are of float32 or more, parameters and buffers of half
+    precision beside them are put there in the leaves' precision too, so that all of the model computes in it.
+
+    Raises:
+        UserError: a leaf's name or shape is no longer that of a parameter.
+    """
+    modules = list(model.modules())
+    given: dict[int, Tensor] = {}
+    for name, leaf in leaves.items():
+        there = parameter_named(model, name)
+        if there is None or there.shape != leaf.shape:
+            was = f"no parameter {name!r}" if there is None else f"{name!r} is {tuple(there.shape)} now"
+            raise UserError(f"{CHANGED} ({was})")
+        given[id(there)] = leaf
+    wide = _precision(modules, leaves)
+    undo: list[tuple[Any, Any, Any]] = []
+
+    def back() -> None:
+        for container, key, value in reversed(undo):
+            container[key] = value
+
+    try:
+        _exchange(modules, given, wide, undo)
+    except BaseException:  # no memory for a part in higher precision
+        back()
+        raise
+    return back
+
+
+def _exchange(
+    modules: list[nn.Module],
+    given: dict[int, Tensor],
+    wide: torch.dtype | None,
+    undo: list[tuple[Any, Any, Any]],
+) -> None:
+    """Fills all places, and notes what was in them."""
+    for module in modules:
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                leaf = given.get(id(tensor))
+                if leaf is None and wide is not None and tensor.dtype in HALF:
+                    leaf = given[id(tensor)] = tensor.detach().to(wide)
+                if leaf is not None:
+                    undo.append((own, name, tensor))
+                    own[name] = leaf  # pyright: ignore[reportArgumentType]
+    for module in modules:
+        attributes = module.__dict__
+        for name, value in list(attributes.items()):
+            if name in OWN or not isinstance(value, (Tensor, *_CONTAINERS)):
+                continue
+            new = _exchanged(value, given, undo, 0)
+            if new is not value:
+                undo.append((attributes, name, value))
+                attributes[name] = new
+
+
+def parameter_named(model: nn.Module, name: str) -> Tensor | None:
+    """Returns what is in a parameter's place, or None where there is none of that name."""
+    path, _, own = name.rpartition(".")
+    module: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        module = module._modules.get(part)
+        if module is None:
+            return None
+    return module._parameters.get(own)
+
+
+def _precision(modules: list[nn.Module], leaves: Mapping[str, Tensor]) -> torch.dtype | None:
+    """Returns float32 or float64 where that is what is measured in, else None."""
+    found: torch.dtype | None = None
+    for tensor in leaves.values() if leaves else _trainable(modules):
+        if tensor.dtype is not found and tensor.is_floating_point():
+            found = tensor.dtype if found is None else torch.promote_types(found, tensor.dtype)
+    return None if found in HALF else found
+
+
+def _trainable(modules: list[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        for tensor in module._parameters.values():
+            if tensor is not None and tensor.requires_grad:
+                yield tensor
+
+
+def _exchanged(value: Any, given: Mapping[int, Tensor], undo: list[tuple[Any, Any, Any]], depth: int) -> Any:
+    """Returns a plain attribute's value with the leaves in it: lists and dictionaries in place, tuples made anew."""
+    if isinstance(value, Tensor):
+        return given.get(id(value), value)
+    if not isinstance(value, _CONTAINERS) or depth > 8 or len(value) > LARGEST:
+        return value
+    if isinstance(value, tuple):
+        parts = [_exchanged(part, given, undo, depth + 1) for part in value]
+        if all(new is old for new, old in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        new = _exchanged(part, given, undo, depth + 1)
+        if new is not part:
+            undo.append((value, key, part))
+            value[key] = new
+    return value
