@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hessprobe.errors import UserError
 from hessprobe.problem.activations import closed_form_activations
+from hessprobe.problem.module_state import ModuleState
 from hessprobe.problem.swapping import swapped
 
 Result = TypeVar("Result")
@@ -46,16 +48,25 @@ def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
 def with_parameters(model: nn.Module, leaves: Mapping[str, Tensor], function: Callable[[], Result]) -> Result:
     """Returns function() with the leaves in the parameters' places, in backward too, where checkpoints recompute.
 
-    Afterwards every place holds the very object that it held before, also where function() raises.
+    Afterwards every place holds the very object that it held before, also where function() raises, and so does whatever
+    the modules keep between forward passes: each pass begins where the one before it began.
 
     Args:
         leaves: by the parameters' names; of a tied tensor any of its names stands for all of its places.
 
     Raises:
-        UserError: a parameter of that name and shape is no longer there.
+        UserError: a parameter of that name and shape is no longer there, or function() changes what cannot be put back.
     """
+    state = ModuleState(model)
     back = swapped(model, leaves)
     try:
-        return function()
+        found = function()
     finally:
         back()
+        lost = state.restore()
+    if lost:
+        raise UserError(
+            f"{type(model).__name__}: its forward pass changes {', '.join(lost[:5])}, which cannot be put back: keep such "
+            "state in buffers, or in tensors, lists and dictionaries of the module, or let it alone in eval mode"
+        )
+    return found

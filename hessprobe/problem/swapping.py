@@ -21,6 +21,7 @@ OWN = frozenset(nn.Module().__dict__)
 CHANGED = "the parameters have changed since the recorder or the partition was made: make another"
 LARGEST = 4096  # entries of a container that is searched; a longer one is data
 _CONTAINERS = (list, tuple, dict)
+_SEARCHED = (Tensor, *_CONTAINERS)
 
 
 def swapped(model: nn.Module, leaves: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -32,7 +33,9 @@ def swapped(model: nn.Module, leaves: Mapping[str, Tensor]) -> Callable[[], None
     Raises:
         UserError: a leaf's name or shape is no longer that of a parameter.
     """
-    modules = list(model.modules())
+    by_id: dict[int, nn.Module] = {}
+    _collect(model, by_id)
+    modules = [*by_id.values()]
     given: dict[int, Tensor] = {}
     for name, leaf in leaves.items():
         there = parameter_named(model, name)
@@ -63,7 +66,8 @@ def _exchange(
 ) -> None:
     """Fills all places, and notes what was in them."""
     for module in modules:
-        for own in (module._parameters, module._buffers):
+        attributes = module.__dict__
+        for own in (attributes["_parameters"], attributes["_buffers"]):
             for name, tensor in own.items():
                 if tensor is None:
                     continue
@@ -72,16 +76,31 @@ def _exchange(
                     leaf = given[id(tensor)] = tensor.detach().to(wide)
                 if leaf is not None:
                     undo.append((own, name, tensor))
-                    own[name] = leaf  # pyright: ignore[reportArgumentType]
-    for module in modules:
-        attributes = module.__dict__
-        for name, value in list(attributes.items()):
-            if name in OWN or not isinstance(value, (Tensor, *_CONTAINERS)):
-                continue
-            new = _exchanged(value, given, undo, 0)
-            if new is not value:
-                undo.append((attributes, name, value))
-                attributes[name] = new
+                    own[name] = leaf
+        for value in plain_values(attributes):
+            if isinstance(value, _SEARCHED):
+                name = next(key for key, held in attributes.items() if held is value)
+                new = _exchanged(value, given, undo, 0)
+                if new is not value:
+                    undo.append((attributes, name, value))
+                    attributes[name] = new
+
+
+def plain_values(attributes: dict[str, Any]) -> list[Any]:
+    """Returns what lies in a module's __dict__ beside what nn.Module keeps there."""
+    values = [*attributes.values()]
+    count = len(OWN)
+    if len(values) >= count and values[count - 1] is attributes["_modules"]:  # its own came first
+        return values[count:]
+    return [value for name, value in attributes.items() if name not in OWN]
+
+
+def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
+    """Collects every module object once, as nn.Module.modules does in three times as long."""
+    found[id(module)] = module
+    for part in module.__dict__["_modules"].values():
+        if part is not None and id(part) not in found:
+            _collect(part, found)
 
 
 def parameter_named(model: nn.Module, name: str) -> Tensor | None:
