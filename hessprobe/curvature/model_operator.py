@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hessprobe.curvature.forward_mode import NoForwardMode
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.problem.measuring import measuring
@@ -182,13 +183,16 @@ class ModelOperator(CurvatureOperator):
         if v.shape[0] > 1 and not self._batched:
             return torch.cat([self._attempt(row, columns, rows) for row in v.split(1)])
         try:
-            if self.engine != self.ENGINES[0] and not self._trusted:
+            if self.engine == self.ENGINES[0]:
+                self._check_first_engine()
+            elif not self._trusted:
                 self._check_symmetry()
             return self._over_batches(self._product(self.engine, v.shape[0]), v, columns, rows)
         except (RuntimeError, NotImplementedError) as refusal:
             if is_out_of_memory(refusal):
                 raise
-            if v.shape[0] > 1:  # perhaps it is vmap that the model does not take
+            if v.shape[0] > 1 and not isinstance(refusal, NoForwardMode):
+                # perhaps it is vmap that the model does not take
                 self._batched = False
             elif len(self._engines) > 1:
                 self._engines.pop(0)
@@ -198,6 +202,9 @@ class ModelOperator(CurvatureOperator):
                 return self._attempt(v, columns, rows)
             except (RuntimeError, NotImplementedError) as second:
                 raise second from refusal
+
+    def _check_first_engine(self) -> None:
+        """Raises NoForwardMode where the first engine's products would not be of one symmetric matrix."""
 
     def _check_symmetry(self) -> None:
         """Raises where second derivatives are silently missing, once per operator. Cost: 2 products.

@@ -11,31 +11,37 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessprobe.errors import UserError
-from hessprobe.problem.activations import closed_form_activations
 from hessprobe.problem.module_state import ModuleState
+from hessprobe.problem.operation_rules import exact_rules
 from hessprobe.problem.swapping import swapped
 
 Result = TypeVar("Result")
 
 
 @contextmanager
-def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
+def measuring(model: nn.Module, *, forward_mode: bool = True, autocast: bool = False) -> Iterator[None]:
     """Makes the model deterministic and differentiable as often as needed, and puts everything back after.
 
-    Dropout and batch statistics off (eval), autocast off, compiled parts eager; with `forward_mode`, attention on
-    its math path, since the fused kernels have neither forward mode nor second derivatives, and gelu and silu with
-    their second derivatives in closed form.
+    Dropout and batch statistics off (eval), autocast off, also where the model switches it on itself (unless `autocast`
+    says that it is wanted), embeddings with dense gradients; with `forward_mode`, compiled parts eager, tangents that stop
+    where gradients do, gelu and silu with their second derivatives in closed form, and attention and recurrent layers on
+    plain paths: the fused kernels have neither forward mode nor second derivatives.
     """
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device.type
+    tangents, fused = torch._C._is_fwd_grad_enabled(), torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device, enabled=False))
         if forward_mode:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(closed_form_activations())
+            if device == "cuda" and any(isinstance(module, nn.RNNBase) for module in modes):
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(exact_rules(device, forward_mode=forward_mode, autocast=autocast))
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            torch._C._set_fwd_grad_enabled(True)
             # Not model.eval(): a module whose train() is overridden (frozen parts) must keep its own word.
             for module in modes:
                 module.training = False
@@ -43,6 +49,8 @@ def measuring(model: nn.Module, *, forward_mode: bool = True) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            torch.backends.mha.set_fastpath_enabled(fused)
+            torch._C._set_fwd_grad_enabled(tangents)
 
 
 def with_parameters(model: nn.Module, leaves: Mapping[str, Tensor], function: Callable[[], Result]) -> Result:

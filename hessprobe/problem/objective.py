@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,19 @@ from hessprobe.problem.shares import Share, share_of
 # Positions (tokens) that go through the model at once. They fill any device, and a longer batch is done in pieces, since
 # memory grows with them: a decoder's logits alone take 1 GiB in float32 at a vocabulary of 32,000.
 POSITIONS_AT_ONCE = 8192
+
+
+@dataclass
+class Trust:
+    """What was found, once for a model, of the ways to differentiate it; None where not tried yet.
+
+    Attributes:
+        forward_mode: whether tangents are the transpose of backward passes.
+        second: whether second derivatives by forward mode are symmetric.
+    """
+
+    forward_mode: bool | None = None
+    second: bool | None = None
 
 
 class Objective:
@@ -57,6 +71,7 @@ class Objective:
         self._splits: bool | None = None if forward is None and targets is None else False
         self._shift = forward is None and targets is None and _is_causal(self.model)
         self._forward = forward or default_forward
+        self.trust = Trust()
         self._targets = targets or default_targets
 
     @property

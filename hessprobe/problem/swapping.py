@@ -51,7 +51,7 @@ def swapped(model: nn.Module, leaves: Mapping[str, Tensor]) -> Callable[[], None
             container[key] = value
 
     try:
-        _exchange(modules, given, wide, undo)
+        _exchange(modules, given, wide, bool(leaves), undo)
     except BaseException:  # no memory for a part in higher precision
         back()
         raise
@@ -62,6 +62,7 @@ def _exchange(
     modules: list[nn.Module],
     given: dict[int, Tensor],
     wide: torch.dtype | None,
+    leaves: bool,
     undo: list[tuple[Any, Any, Any]],
 ) -> None:
     """Fills all places, and notes what was in them."""
@@ -74,6 +75,8 @@ def _exchange(
                 leaf = given.get(id(tensor))
                 if leaf is None and wide is not None and tensor.dtype in HALF:
                     leaf = given[id(tensor)] = tensor.detach().to(wide)
+                elif leaf is None and leaves and tensor.requires_grad and tensor.is_leaf:
+                    leaf = given[id(tensor)] = tensor.detach()  # no graph begins anywhere but at the leaves
                 if leaf is not None:
                     undo.append((own, name, tensor))
                     own[name] = leaf
