@@ -19,8 +19,10 @@ from hessprobe.errors import UserError, unknown_name
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import Share
+from hessprobe.problem.swapping import common_dtype
 
 DEFAULT_MEMORY = 2**29
 
@@ -57,14 +59,15 @@ class ModelOperator(CurvatureOperator):
         memory: int = DEFAULT_MEMORY,
         engine: str = "auto",
     ) -> None:
-        own = dict(objective.model.named_parameters())
-        first = own[partition.names[0]] if parameters is None else parameters
+        dtype, device = (
+            _kind(objective, partition) if parameters is None else (parameters.dtype, parameters.device)
+        )
         if parameters is not None and parameters.shape != (partition.size,):
             raise UserError(
                 f"parameters: wanted one vector ({partition.size:,},), got {tuple(parameters.shape)}: "
                 "partition.vector(model) makes one"
             )
-        super().__init__(partition, first.dtype, first.device)
+        super().__init__(partition, dtype, device)
         self.objective = objective
         self.micro_batches = objective.micro_batches(batches)
         self.tokens = objective.tokens(self.micro_batches)
@@ -239,3 +242,10 @@ class ModelOperator(CurvatureOperator):
     def _product(self, engine: str, k: int) -> Callable[..., Tensor]:
         """Returns the method that computes one micro-batch's share of k products."""
         raise NotImplementedError
+
+
+def _kind(objective: Objective, partition: Partition) -> tuple[torch.dtype, torch.device]:
+    """Returns the type that a model's parameters have in common, and their device."""
+    own = present(objective.model, partition.shapes)
+    dtype = common_dtype(own.values())
+    return dtype, own[partition.names[0]].device

@@ -17,9 +17,11 @@ from hessprobe.errors import UserError
 from hessprobe.problem.batches import Batch, cut, default_forward, default_targets, is_tensor_list, pieces_of
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.measuring import measuring, with_parameters
+from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition, unwrapped
 from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.problem.shares import Share, share_of
+from hessprobe.problem.swapping import common_dtype
 
 # Positions (tokens) that go through the model at once. They fill any device, and a longer batch is done in pieces, since
 # memory grows with them: a decoder's logits alone take 1 GiB in float32 at a vocabulary of 32,000.
@@ -227,10 +229,14 @@ class Objective:
         parameters: Mapping[str, Tensor] | None = None,
         names: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Returns fresh leaves by name that share the parameters' memory; `names` (default: all) want gradients."""
-        source = parameters if parameters is not None else dict(self.model.named_parameters())
+        """Returns fresh leaves by name that share the parameters' memory; `names` (default: all) want gradients.
+
+        Where the model's own are of several precisions, all leaves have the highest of them.
+        """
+        source = parameters if parameters is not None else present(self.model, partition.shapes)
+        dtype = common_dtype(source.values())
         wanted = set(partition.names if names is None else names)
-        return {name: source[name].detach().requires_grad_(name in wanted) for name in partition.names}
+        return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in partition.names}
 
 
 def sequences_at_once(count: int, positions: int) -> int:

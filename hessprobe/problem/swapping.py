@@ -7,7 +7,7 @@ them, and a tensor tied to another has several.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from hessprobe.errors import UserError
 HALF = (torch.float16, torch.bfloat16)
 # What nn.Module itself keeps in a module's __dict__.
 OWN = frozenset(nn.Module().__dict__)
-CHANGED = "the parameters have changed since the recorder or the partition was made: make another"
+CHANGED = "the parameters have changed since the recorder was made: make another"
 LARGEST = 4096  # entries of a container that is searched; a longer one is data
 _CONTAINERS = (list, tuple, dict)
 _SEARCHED = (Tensor, *_CONTAINERS)
@@ -119,11 +119,17 @@ def parameter_named(model: nn.Module, name: str) -> Tensor | None:
 
 def _precision(modules: list[nn.Module], leaves: Mapping[str, Tensor]) -> torch.dtype | None:
     """Returns float32 or float64 where that is what is measured in, else None."""
+    dtype = common_dtype(leaves.values() if leaves else _trainable(modules))
+    return dtype if dtype in (torch.float32, torch.float64) else None
+
+
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """Returns the type that floating-point tensors have in common: the highest precision among them; None without any."""
     found: torch.dtype | None = None
-    for tensor in leaves.values() if leaves else _trainable(modules):
+    for tensor in tensors:
         if tensor.dtype is not found and tensor.is_floating_point():
             found = tensor.dtype if found is None else torch.promote_types(found, tensor.dtype)
-    return None if found in HALF else found
+    return found
 
 
 def _trainable(modules: list[nn.Module]) -> Iterator[Tensor]:
