@@ -153,11 +153,17 @@ def _embedding_bag(
     return sums / sizes[:, None]
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """torch._weight_norm, whose kernel has no forward mode, by plain operations."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 # What backward passes need too: gradients as dense tensors, tables that are not written to.
 _REVERSE: dict[Any, Rule] = {F.embedding: _reverse_embedding, F.embedding_bag: _embedding_bag}
 _BOTH_MODES: dict[Any, Rule] = {
     F.gelu: _gelu,
     F.silu: _silu,
+    torch._weight_norm: _weight_norm,
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     torch._C._set_grad_enabled: _set_grad_enabled,
