@@ -255,7 +255,7 @@ def _can_be_cut(
         with torch.no_grad():
             return with_parameters(objective.model, leaves, lambda: outputs_of(objective, part, autocast))
 
-    with watched(objective.model):
+    with watched(objective.model, autocast):
         while count > 1:
             half = count // 2
             try:

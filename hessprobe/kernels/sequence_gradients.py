@@ -54,9 +54,12 @@ def within(entries: int, stretches: Sequence[Stretch], *, least: int) -> tuple[l
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[None]:
+def watched(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
     """Measures, and eagerly: a compiled block would not see the hooks."""
-    with measuring(model, forward_mode=False), torch.compiler.set_stance("force_eager"):
+    with (
+        measuring(model, forward_mode=False, autocast=autocast is not None),
+        torch.compiler.set_stance("force_eager"),
+    ):
         yield
 
 

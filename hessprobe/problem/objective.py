@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,29 @@ from hessprobe.errors import UserError
 from hessprobe.problem.batches import Batch, count_of, cut, default_forward, default_targets, listed, pieces_of
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.measuring import measuring, with_parameters
+from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition, unwrapped
 from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.problem.readings import Readings
 from hessprobe.problem.shares import Share, share_of
+from hessprobe.problem.swapping import common_dtype
 
 # Positions (tokens) that go through the model at once. They fill any device, and a longer batch is done in pieces, since
 # memory grows with them: a decoder's logits alone take 1 GiB in float32 at a vocabulary of 32,000.
 POSITIONS_AT_ONCE = 8192
+
+
+@dataclass
+class Trust:
+    """What was found, once for a model, of the ways to differentiate it; None where not tried yet.
+
+    Attributes:
+        forward_mode: whether tangents are the transpose of backward passes.
+        second: whether second derivatives by forward mode are symmetric.
+    """
+
+    forward_mode: bool | None = None
+    second: bool | None = None
 
 
 class Objective:
@@ -73,7 +89,8 @@ class Objective:
         self.batch_first = batch_first
         self.auxiliary = auxiliary
         self._splits: bool | None = None if forward is None and targets is None else False
-        self._forward = _Forward(self.model, forward or self._default_forward)
+        self._forward = forward or self._default_forward
+        self.trust = Trust()
         self._targets = targets or default_targets
         self._readings = Readings(
             self.model,
@@ -252,8 +269,7 @@ class Objective:
             UserError: outputs and targets do not fit together, or the model returns no tensor of outputs.
         """
         expected, y = self.targets(batch), self.labels(batch)
-        swapped = {f"model.{name}": value for name, value in (parameters or {}).items()}
-        z = torch.func.functional_call(self._forward, swapped, (batch,))
+        z = with_parameters(self.model, parameters or {}, lambda: self._forward(self.model, batch))
         z = self._readings.outputs(z if self.batch_first or z.dim() < 2 else z.transpose(0, 1), y)
         if self._shifts(batch):
             z = z[:, :-1]
@@ -326,10 +342,14 @@ class Objective:
         parameters: Mapping[str, Tensor] | None = None,
         names: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Returns fresh leaves by name that share the parameters' memory; `names` (default: all) want gradients."""
-        source = parameters if parameters is not None else dict(self.model.named_parameters())
+        """Returns fresh leaves by name that share the parameters' memory; `names` (default: all) want gradients.
+
+        Where the model's own are of several precisions, all leaves have the highest of them.
+        """
+        source = parameters if parameters is not None else present(self.model, partition.shapes)
+        dtype = common_dtype(source.values())
         wanted = set(partition.names if names is None else names)
-        return {name: source[name].detach().requires_grad_(name in wanted) for name in partition.names}
+        return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in partition.names}
 
 
 def sequences_at_once(count: int, positions: int) -> int:
@@ -349,13 +369,3 @@ def pull_back(
     )
 
 
-class _Forward(nn.Module):
-    """Lets functional_call swap parameters under any `forward(model, batch)`."""
-
-    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.function(self.model, batch)

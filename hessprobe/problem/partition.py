@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.problem.layer_names import fine_name, layer_blocks, reading_order
+from hessprobe.problem.parameter_kinds import check_kinds, present
 
 PARTITIONS = ("layer", "module", "parameter")
 
@@ -61,6 +62,7 @@ class Partition:
             UserError: no trainable parameters, or an unknown kind of partition.
         """
         model = unwrapped(model)
+        check_kinds(model)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise UserError(
@@ -118,6 +120,11 @@ class Partition:
         return tuple(self._by_name)
 
     @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The parameters' shapes by name, in the order of the flat vector."""
+        return {slot.name: slot.shape for slot in self.slots}
+
+    @property
     def size(self) -> int:
         """p, the number of partitioned parameters."""
         return self.slots[-1].stop
@@ -167,13 +174,13 @@ class Partition:
 
     def vector(self, model: nn.Module) -> Tensor:
         """Returns a detached copy of the model's parameters as one vector (p,)."""
-        named = dict(unwrapped(model).named_parameters())
+        named = present(unwrapped(model), self.shapes)
         return torch.cat([named[slot.name].detach().reshape(-1) for slot in self.slots])
 
     @torch.no_grad()
     def assign(self, model: nn.Module, vector: Tensor) -> None:
         """Copies a vector (p,) into the model's parameters, in place."""
-        named = dict(unwrapped(model).named_parameters())
+        named = present(unwrapped(model), self.shapes)
         for name, value in self.unflatten(vector).items():
             named[name].copy_(value)
 
