@@ -145,15 +145,15 @@ class Roles:
     def _follows_heavy(self, path: str, branch: str, stack: Stack) -> bool:
         """Tells whether something with a matrix runs between a stack and a child: the child then belongs to that."""
         own = _branch(path, stack)
-        return any(
-            other not in (branch, own)
-            and not _is_norm(other, module)
-            and any(p.dim() > 1 for p in module.parameters())
-            and not self._embeds(f"{path}.{other}.x" if path else f"{other}.x")
-            and self._earlier(path, own, other)
-            and self._earlier(path, other, branch)
-            for other, module in children_of(self._module(path)).items()
-        )
+        for other, module in children_of(self._module(path)).items():
+            name = f"{path}.{other}.x" if path else f"{other}.x"
+            skipped = other in (branch, own) or _is_norm(other, module)
+            if skipped or self._embeds(name) or self.stacks.layer(name):
+                continue
+            heavy = any(p.dim() > 1 for p in module.parameters())
+            if heavy and self._earlier(path, own, other) and self._earlier(path, other, branch):
+                return True
+        return False
 
 
 def _inside(name: str, path: str) -> bool:
@@ -167,11 +167,11 @@ def _branch(path: str, stack: Stack) -> str:
 
 
 def _is_norm(name: str, module: nn.Module) -> bool:
-    """Tells whether a module is a norm, by its class or by its name and vectors, or a list of norms."""
-    if isinstance(module, nn.ModuleList):
-        return all(_is_norm(name, child) for child in module)
-    vectors = all(p.dim() < 2 for p in module.parameters())
-    return vectors and ("norm" in type(module).__name__.lower() or "norm" in name or name.startswith("ln"))
+    """Tells whether a module is a norm, by its class or by its name and vectors, or holds nothing but norms."""
+    if any(p.dim() > 1 for p in module.parameters()):
+        return False
+    leaves = [m for m in module.modules() if m._parameters]
+    return "norm" in name or name.startswith("ln") or all("norm" in type(m).__name__.lower() for m in leaves)
 
 
 def _parameters_of(model: nn.Module, method: str, stacks: Stacks) -> set[int]:

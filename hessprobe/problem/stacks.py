@@ -97,8 +97,7 @@ def stacks_of(model: nn.Module) -> Stacks:
     kept = {path: elements for path, elements in lists.items() if path not in embedding}
     if not kept:  # nothing but feature extractors: they are the layers
         kept, embedding = lists, ()
-    merged = [Stack(lists=tuple(group), numbers={k: v for path in group for k, v in kept[path].items()})
-              for group in _side_by_side(model, kept)]  # fmt: skip
+    merged = [_with_companions(model, group, kept) for group in _side_by_side(model, kept)]
     prefixes = _prefixes([stack.lists[0] for stack in merged])
     named = [replace(stack, prefix=prefix) for stack, prefix in zip(merged, prefixes, strict=True)]
     return Stacks(stacks=tuple(named), embedding=embedding)
@@ -127,7 +126,9 @@ def _composite_layers(module: nn.Module, path: str, children: Mapping[str, nn.Mo
         return {}
     known = _list_name(path) in REPEATED and len(layers) == len(children)
     repeats = max(Counter(_signature(child) for child in layers.values()).values())
-    alone = isinstance(module, nn.ModuleList) and len(children) == 1  # a single layer, or a group used several times
+    alone = (
+        isinstance(module, nn.ModuleList) and len(children) == 1
+    )  # a single layer, or a group used several times
     if not (known or alone or repeats > 1):
         return {}
     by_name = len(layers) == len(children) and all(name.isdigit() for name in layers)
@@ -180,6 +181,23 @@ def _side_by_side(model: nn.Module, lists: Mapping[str, Mapping[str, int]]) -> l
     return groups
 
 
+def _with_companions(model: nn.Module, group: list[str], lists: Mapping[str, Mapping[str, int]]) -> Stack:
+    """Returns a group's stack, with sibling lists of single modules that the same loop runs (a norm for each layer)."""
+    numbers = {path: number for one in group for path, number in lists[one].items()}
+    parent, _, name = group[0].rpartition(".")
+    loops = [loop for loop in loops_of(type(model.get_submodule(parent))) if name in loop]
+    companions = []
+    for other, module in model.get_submodule(parent)._modules.items():
+        path = f"{parent}.{other}" if parent else other
+        alike = (
+            isinstance(module, nn.ModuleList) and len(module) == len(lists[group[0]]) and path not in lists
+        )
+        if alike and "embed" not in other and any(other in loop for loop in loops):
+            companions.append(path)
+            numbers |= {f"{path}.{i}": i for i in range(len(module))}
+    return Stack(lists=(*group, *companions), numbers=numbers)
+
+
 def _prefixes(paths: list[str]) -> list[str]:
     """Returns what tells stacks apart: nothing for a single one, else the first component no other one has."""
     if len(paths) < 2:
@@ -202,4 +220,3 @@ def _prefixes(paths: list[str]) -> list[str]:
         if len(set(names)) == len(names):
             return [f"{name}." if name else "" for name in names]
     return [f"{'.'.join(components(path))}." for path in paths]
-
