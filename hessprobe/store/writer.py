@@ -56,14 +56,14 @@ class RunWriter:
                     "Free some space there, or give another folder"
                 ) from error
             raise
-        return cls(folder, lock)
+        return cls(folder.absolute(), lock)  # the working directory may move before the next row
 
     @classmethod
     def reopen(cls, folder: Path | str) -> RunWriter:
         """Continues the log in folder, whatever ended the process before; UserError if there is none."""
         folder = Path(folder)
         log, _ = find_log(folder)
-        folder = log.parent
+        folder = log.absolute().parent
         lock = RunLock(folder)
         try:
             layout.restore(folder)
