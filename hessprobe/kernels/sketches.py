@@ -76,7 +76,9 @@ class Draws:
         if noise is not None:
             noise = noise.view(len(tokens), self.positions[number], -1)[sequences].flatten(0, 1)
         drawn = _cotangent(self.kind, self.loss, outputs, targets, noise)
-        scale = tokens[sequences].clamp_min(1).sqrt()[:, None, None]
+        # At least the cotangents' own precision: the square root of an integer tensor is float32.
+        precision = torch.promote_types(drawn.dtype, torch.float32)
+        scale = tokens[sequences].clamp_min(1).double().sqrt().to(precision)[:, None, None]
         return (drawn.view(len(scale), self.positions[number], -1) / scale).view_as(drawn)
 
     def finish(self) -> None:
