@@ -35,7 +35,7 @@ def pair_norms(
     count, rounds = len(tokens), int(of_round.max()) + 1
     if quantity == "population" and count < 2:
         raise UserError(
-            f"{count} sequence: the population quantity needs pairs of different sequences, at least 3 for its error; "
+            f"{count} sequence: the population quantity needs pairs of different sequences, so at least 2; "
             "measure with a batch of more sequences, or take quantity='batch' with 3 rounds or more"
         )
     if quantity == "batch" and rounds < 2:

@@ -125,7 +125,15 @@ def distance(one: Path, other: Path) -> float:
 
 
 def test_torchrun_with_two_processes_gives_the_tables_of_one(launcher, alone, tmp_path):
-    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "tests.training.in_double", "train", MEASURED]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "-m",
+        "tests.training.in_double",
+        "train",
+        MEASURED,
+    ]
     done = subprocess.run(
         [sys.executable, *words, f"--out={tmp_path / 'two'}", *launcher.flags],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False,
