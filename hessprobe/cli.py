@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -424,6 +424,17 @@ def main() -> None:
     Of several processes the first says it, since what one meets all do; but that one is lost, whoever is left says. After
     a mistake the first alone ends with 2: another one that did, torchrun would stop the first before it has said it.
     """
+    from hessprobe.training.torchrun import launched, leave
+
+    try:
+        _run_command_line()
+    except SystemExit as end:
+        if launched():
+            leave(int(end.code or 0))
+        raise
+
+
+def _run_command_line() -> NoReturn:
     from hessprobe.training.torchrun import is_first, launched
 
     try:

@@ -72,7 +72,8 @@ class LayerKernels:
                 different sequences, its error over sequences; "batch" that of this batch's own G, its error over rounds.
 
         Raises:
-            UserError: one sequence only (population), or one round only (batch): the pairs needed do not exist.
+            UserError: one or two sequences (population), or one round only (batch): the pairs needed do not exist. The
+                batch quantity of one sequence is made of its rounds' pairs; its error needs 3 rounds and is NaN with 2.
         """
         whole, left_out = self._norms(quantity)
         # Unbiased as it stands: nothing to correct.

@@ -78,7 +78,9 @@ class Draws:
             noise = noise.view(len(tokens), self.positions[number], -1)[sequences].flatten(0, 1)
         drawn = _cotangent(self.kind, self.loss, outputs, targets, noise)
         own = tokens[sequences]
-        scale = torch.where(own > 0, own, 1).sqrt()[:, None, None].to(drawn.dtype)
+        # At least the cotangents' own precision: the square root of an integer tensor is float32.
+        precision = torch.promote_types(drawn.dtype, torch.float32)
+        scale = torch.where(own > 0, own, 1).double().sqrt().to(precision)[:, None, None]
         return (drawn.view(len(scale), self.positions[number], -1) / scale).view_as(drawn)
 
     def finish(self) -> None:

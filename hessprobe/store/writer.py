@@ -56,7 +56,7 @@ class RunWriter:
                     "Free some space there, or give another folder"
                 ) from error
             raise
-        return cls(folder, lock)
+        return cls(folder.absolute(), lock)  # the working directory may move before the next row
 
     @classmethod
     def reopen(cls, folder: Path | str) -> RunWriter:
