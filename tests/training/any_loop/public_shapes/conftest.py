@@ -1,0 +1,3 @@
+"""Lightning's Fabric is loaded as the integrations' tests load Lightning."""
+
+import tests.integrations.conftest  # noqa: F401
