@@ -36,6 +36,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.random.fork_rng(devices),
             torch.compiler.set_stance("force_eager"),
             torch.inference_mode(False),
+            _deterministic_where_possible(),
             torch.enable_grad(),
         ):
             yield
@@ -48,6 +49,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for module, name, buffer, was in buffers:
             _put_back(module, name, buffer, was)
+
+
+@contextmanager
+def _deterministic_where_possible() -> Iterator[None]:
+    """Where the caller wants deterministic algorithms, lets what has none warn, not raise: cumulative sums on CUDA."""
+    wanted = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)
 
 
 @torch.no_grad()
