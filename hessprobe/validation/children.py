@@ -6,6 +6,7 @@ python -m hessprobe.validation.children WORDS...: what `hessprobe WORDS...` does
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -118,9 +119,7 @@ def main() -> None:
     prepare()
     # Where there is none (cumulative sums of floats on CUDA, in drawing labels) a run goes on with a warning.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    from hessprobe.cli import main as command_line
-
-    command_line()
+    runpy.run_module("hessprobe", run_name="__main__")
 
 
 if __name__ == "__main__":
