@@ -1,4 +1,4 @@
-"""The command line: train, probe, report, show, compare. Imports stand inside the commands: a slip is answered at once."""
+"""The command line: train, probe, report, show, compare, validate. Imports stand inside: a slip is answered at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130
-_ONE_PROCESS = ("probe", "report", "show", "compare")
+_ONE_PROCESS = ("probe", "report", "show", "compare", "validate")
 _MISTAKEN_CALL: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/nano.")]
@@ -234,6 +234,31 @@ def compare(
             f"cannot write {error.filename or out or figures} ({error.strerror or error}); give another --out or "
             "--figures, or free some space"
         ) from error
+
+
+@app.command("validate")
+def validate_machine(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    minutes: Annotated[
+        float, typer.Option(help="For everything; what no longer fits is left out and said.")
+    ] = 10,
+    small: Annotated[
+        bool, typer.Option("--small", help="Shrunken copies of the large models: minutes on two CPU cores.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default runs/validate.")] = None,
+) -> None:
+    """Is hessprobe right and fast on this machine? Checks and measurements into validate.json and one page."""
+    from hessprobe.validation.command import validate
+
+    folder = out or _free_folder(Path("runs") / "validate")
+    found = validate(device=device, minutes=minutes, small=small, folder=folder)
+    print(f"\nfigures  {folder / 'validate.json'}\npage     {folder / 'validate.html'}")
+    if found.failures:
+        names = "; ".join(f"{figure.stage}: {figure.name}" for figure in found.failures[:3])
+        raise RunFailed(
+            f"{len(found.failures)} of {found.checks} checks, such as {names}; {folder / 'validate.html'} has them all"
+        )
+    print(f"all {found.checks} checks passed")
 
 
 def _decided(

@@ -35,6 +35,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.random.fork_rng(devices),
             torch.compiler.set_stance("force_eager"),
             torch.inference_mode(False),
+            _deterministic_where_possible(),
             torch.enable_grad(),
         ):
             yield
@@ -46,3 +47,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         state.restore()
+
+
+@contextmanager
+def _deterministic_where_possible() -> Iterator[None]:
+    """Where the caller wants deterministic algorithms, lets what has none warn, not raise: cumulative sums on CUDA."""
+    wanted = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)
