@@ -260,7 +260,9 @@ def _can_be_cut(
             half = count // 2
             try:
                 whole = outputs(batch)
-                halves = torch.cat([outputs(objective.cut(batch, *ends)) for ends in ((0, half), (half, count))])
+                halves = torch.cat(
+                    [outputs(objective.cut(batch, *ends)) for ends in ((0, half), (half, count))]
+                )
             except (RuntimeError, MemoryError, UserError, ValueError, IndexError) as error:
                 if not is_out_of_memory(error):
                     return False

@@ -100,7 +100,9 @@ def _by_length(
     shorter = mapped(batch, lambda x: x[:, : t - 1] if x.dim() >= 2 and x.shape[:2] == (n, t) else x)
     found = _run(model, forward, shorter)
     shapes = {LAST: (n, t - 1, z.shape[-1]), SECOND: (n, z.shape[1], t - 1)}
-    return next((place for place, shape in shapes.items() if found is not None and found.shape == shape), None)
+    return next(
+        (place for place, shape in shapes.items() if found is not None and found.shape == shape), None
+    )
 
 
 def _by_module(module: nn.Module, output: Tensor, z: Tensor) -> str | None:
