@@ -106,7 +106,7 @@ def _by_length(
 
 
 def _by_module(module: nn.Module, output: Tensor, z: Tensor) -> str | None:
-    """Returns where the classes are that the last module with parameters made, if its output is the model's, moved or not."""
+    """Returns where the last module with parameters put the classes, if its output is the model's, moved or not."""
     if not isinstance(module, (nn.Linear, _CONVOLUTIONS)) or output.numel() != z.numel():
         return None
     made = SECOND if isinstance(module, _CONVOLUTIONS) else LAST

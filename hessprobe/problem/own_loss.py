@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hessprobe.errors import UserError
 from hessprobe.problem.batches import DECODER_INPUTS, INPUTS, LABELS, Batch, called, logits_of
 from hessprobe.problem.class_dimension import classes_last
-from hessprobe.problem.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
+from hessprobe.problem.losses import BinaryCrossEntropy, Loss, SquaredError
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.memory import is_out_of_memory
 

@@ -1,4 +1,4 @@
-"""A batch is a tree of tensors that share a dimension of sequences; a list is micro-batches only if its entries are batches."""
+"""A batch is a tree of tensors that share a dimension of sequences; a list is micro-batches if its entries are batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of a mapping with labels is the model's own loss, whatever its class is called; else both values are said."""
+"""What is measured of a mapping with labels is the model's own loss, whatever its class is called; or both are said."""
 
 from __future__ import annotations
 
