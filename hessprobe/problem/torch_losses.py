@@ -90,7 +90,7 @@ def _each_token(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tenso
         each: Callable[..., Tensor] = partial(_huber, delta=settings.get("delta", 1.0))
     elif isinstance(loss, nn.Module):
         each = copy.copy(loss)
-        each.reduction = "none"
+        each.reduction = "none"  # pyright: ignore[reportArgumentType]
     else:
         each = partial(loss, reduction="none")
 
