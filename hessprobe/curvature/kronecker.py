@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.curvature.kronecker_factors import KINDS, KroneckerBlock, KroneckerFactors
-from hessprobe.curvature.summed_outputs import EMPIRICAL, LOSSES, SummedOutputs, counted, module_of, undisturbed
+from hessprobe.curvature.summed_outputs import (
+    EMPIRICAL,
+    LOSSES,
+    SummedOutputs,
+    counted,
+    module_of,
+    undisturbed,
+)
 from hessprobe.errors import RunFailed, UserError, unknown_name
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.objective import Batch, Objective
@@ -94,7 +101,9 @@ def kronecker_factors(
         raise UserError(f"K-FAC: samples must be at least 1, got {samples}")
     loss = objective.loss_function
     if loss.family not in LOSSES or (fisher == "empirical" and loss.name not in EMPIRICAL):
-        known = EMPIRICAL if fisher == "empirical" else (*EMPIRICAL, "mean_squared_error", "binary_cross_entropy")
+        known = (
+            EMPIRICAL if fisher == "empirical" else (*EMPIRICAL, "mean_squared_error", "binary_cross_entropy")
+        )
         raise UserError(
             f"K-FAC takes the losses {', '.join(known)}, got {loss.name}: use one of them, or "
             "a method that needs no factors of the loss's Hessian"

@@ -45,7 +45,9 @@ class SummedOutputs(nn.Module):
         self.running = True
         z = self.objective.outputs(chosen["batch"])[chosen["tokens"]]
         self.running = False
-        if self.fisher != "empirical":  # the same outputs, their gradients times the root of what weighs the loss
+        if (
+            self.fisher != "empirical"
+        ):  # the same outputs, their gradients times the root of what weighs the loss
             targets = self.objective.targets(chosen["batch"])[chosen["tokens"]]
             root = self.objective.loss_function.hessian_scale(z.detach(), targets).sqrt()
             if not bool((root == 1).all()):

@@ -105,7 +105,7 @@ def gathered(
             largest = max(shares, key=lambda own: own.stop - own.start).batch
             own = sharded or _can_be_cut(objective, largest, partition, theta, autocast)
             cuttable.append(processes.all_say(own))
-        parts = _parts(shares, division if cuttable and cuttable[0] else 1, everyone)
+        parts = _parts(objective, shares, division if cuttable and cuttable[0] else 1, everyone)
 
         losses: dict[tuple[int, int, int], Tensor] = {}
 
@@ -201,7 +201,9 @@ def _refused(error: BaseException, plan: Plan) -> set[int]:
     return (error.detail or set()) if isinstance(error, PeerFailed) else set()
 
 
-def _parts(shares: Sequence[Share], division: int, everyone: Sequence[Sequence[int]]) -> list[Part]:
+def _parts(
+    objective: Objective, shares: Sequence[Share], division: int, everyone: Sequence[Sequence[int]]
+) -> list[Part]:
     """Returns a process's micro-batches, each cut into parts of at most 1 / division of the largest one's sequences.
 
     Args:
@@ -260,7 +262,9 @@ def _can_be_cut(
             half = count // 2
             try:
                 whole = outputs(batch)
-                halves = torch.cat([outputs(objective.cut(batch, *ends)) for ends in ((0, half), (half, count))])
+                halves = torch.cat(
+                    [outputs(objective.cut(batch, *ends)) for ends in ((0, half), (half, count))]
+                )
             except (RuntimeError, MemoryError, UserError, ValueError, IndexError) as error:
                 if not is_out_of_memory(error):
                     return False

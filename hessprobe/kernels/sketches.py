@@ -3,7 +3,8 @@
 For labels drawn from the model, y^ ~ softmax(z), the gradient c = softmax(z) - onehot(y^) has mean zero and covariance
 diag(p) - p p^T = d2 loss / dz2. Signs give the same covariance: c = sqrt(p) e - p (sqrt(p) . e), e = +-1. So does e
 itself for squared error; and p - y^, y^ = 0 or 1, or sqrt(p (1 - p)) e, for each output of binary cross-entropy. What
-weighs the loss (classes, smoothing) multiplies c by its root. "empirical" takes the data's own labels instead: the empirical Fisher, NOT Gauss-Newton.
+weighs the loss (classes, smoothing) multiplies c by its root. "empirical" takes the data's own labels instead: the
+empirical Fisher, NOT Gauss-Newton.
 """
 
 from __future__ import annotations

@@ -69,7 +69,9 @@ def count_of(tensor: Tensor, *, batch_first: bool = True) -> int:
     return tensor.shape[0 if batch_first or tensor.dim() == 1 else 1]
 
 
-def pieces_of(batch: Batch, pieces: int, count: int | None = None, *, batch_first: bool = True) -> list[Batch]:
+def pieces_of(
+    batch: Batch, pieces: int, count: int | None = None, *, batch_first: bool = True
+) -> list[Batch]:
     """Returns the batch as that many batches of its sequences, or whole where it holds fewer than two.
 
     Args:
@@ -102,7 +104,9 @@ def cut(batch: Batch, start: int, stop: int, count: int, *, batch_first: bool = 
     return mapped(batch, part)
 
 
-def listed(batches: Batch | list[Batch], targets: Callable[[Batch], Tensor], *, batch_first: bool = True) -> list[Batch]:
+def listed(
+    batches: Batch | list[Batch], targets: Callable[[Batch], Tensor], *, batch_first: bool = True
+) -> list[Batch]:
     """Returns micro-batches as they are, or one batch as a list of one.
 
     A list is micro-batches only if its entries are batches, from which `targets` can be taken; a DataLoader's list of
@@ -165,7 +169,9 @@ def called(model: nn.Module, batch: Mapping[str, Any], feed: str) -> Any:
     """Returns whatever the model returns for a mapping."""
     inputs = {key: value for key, value in batch.items() if feed == LABELS or key != "labels"}
     if feed == DECODER_INPUTS and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
-        made: Any = model.prepare_decoder_input_ids_from_labels  # a method, as Hugging Face's encoder-decoders have it
+        made: Any = (
+            model.prepare_decoder_input_ids_from_labels
+        )  # a method, as Hugging Face's encoder-decoders have it
         inputs["decoder_input_ids"] = made(labels=batch["labels"])
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False

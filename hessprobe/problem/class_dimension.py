@@ -100,11 +100,13 @@ def _by_length(
     shorter = mapped(batch, lambda x: x[:, : t - 1] if x.dim() >= 2 and x.shape[:2] == (n, t) else x)
     found = _run(model, forward, shorter)
     shapes = {LAST: (n, t - 1, z.shape[-1]), SECOND: (n, z.shape[1], t - 1)}
-    return next((place for place, shape in shapes.items() if found is not None and found.shape == shape), None)
+    return next(
+        (place for place, shape in shapes.items() if found is not None and found.shape == shape), None
+    )
 
 
 def _by_module(module: nn.Module, output: Tensor, z: Tensor) -> str | None:
-    """Returns where the classes are that the last module with parameters made, if its output is the model's, moved or not."""
+    """Returns where the last module with parameters put the classes, if its output is the model's, moved or not."""
     if not isinstance(module, (nn.Linear, _CONVOLUTIONS)) or output.numel() != z.numel():
         return None
     made = SECOND if isinstance(module, _CONVOLUTIONS) else LAST

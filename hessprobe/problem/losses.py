@@ -86,7 +86,9 @@ class CrossEntropy(Loss):
         self.weight = None if weight is None else weight.detach()
         self.label_smoothing = label_smoothing
         self.plain = weight is None and not label_smoothing
-        said = ["class weights"] * (weight is not None) + [f"label_smoothing={label_smoothing}"] * bool(label_smoothing)
+        said = ["class weights"] * (weight is not None) + [f"label_smoothing={label_smoothing}"] * bool(
+            label_smoothing
+        )
         self.name = f"cross_entropy ({', '.join(said)})" if said else "cross_entropy"
 
     def check(self, targets: Tensor) -> None:
@@ -227,7 +229,9 @@ class BinaryCrossEntropy(Loss):
 
     def _factors(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (n, c): what multiplies log(1 - p) and log p, less their signs."""
-        weight = torch.ones_like(outputs) if self.weight is None else self.weight.to(outputs).expand_as(outputs)
+        weight = (
+            torch.ones_like(outputs) if self.weight is None else self.weight.to(outputs).expand_as(outputs)
+        )
         y = targets.to(outputs)
         positive = y if self.pos_weight is None else self.pos_weight.to(outputs) * y
         return weight * (1 - y), weight * positive

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.batches import Batch, count_of, cut, default_forward, default_targets, listed, pieces_of
+from hessprobe.problem.batches import (
+    Batch,
+    count_of,
+    cut,
+    default_forward,
+    default_targets,
+    listed,
+    pieces_of,
+)
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.measuring import measuring, with_parameters
 from hessprobe.problem.parameter_kinds import present

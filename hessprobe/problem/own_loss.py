@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hessprobe.errors import UserError
 from hessprobe.problem.batches import DECODER_INPUTS, INPUTS, LABELS, Batch, called, logits_of
 from hessprobe.problem.class_dimension import classes_last
-from hessprobe.problem.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
+from hessprobe.problem.losses import BinaryCrossEntropy, Loss, SquaredError
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.memory import is_out_of_memory
 
@@ -73,7 +73,13 @@ def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> OwnLoss | None:
         loss = next((x for x in found if isinstance(x, Tensor) and x.numel() == 1 and x.dim() < 2), None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         return None
-    items = found.items() if isinstance(found, Mapping) else vars(found).items() if hasattr(found, "__dict__") else ()
+    items = (
+        found.items()
+        if isinstance(found, Mapping)
+        else vars(found).items()
+        if hasattr(found, "__dict__")
+        else ()
+    )
     named = {
         str(name): float(value)
         for name, value in items
@@ -114,7 +120,7 @@ def read(
         return Reading(shifted=_named_causal(model), feed=feed, settled=True)
     if not own_counts or auxiliary == "ignore" or not bool(torch.isfinite(own.loss)):
         return Reading(shifted=_probed(model, batch, candidates), feed=feed, settled=own_counts)
-    wanted = float(own.loss) - (float(auxiliary(model, batch)) if callable(auxiliary) else 0.0)
+    wanted = float(less_auxiliary(model, batch, own.loss, auxiliary))
     allowed = _rounding(own, model) * max(abs(wanted), 1e-4)
     fits = [one for one in candidates if abs(one.value - wanted) <= allowed]
     if not fits:
@@ -124,6 +130,14 @@ def read(
         nearest = min(fits, key=lambda one: abs(one.value - wanted))
         return Reading(shifted=nearest.shifted, feed=feed, loss=nearest.loss, settled=True)
     return Reading(shifted=_probed(model, batch, candidates), feed=feed, settled=True)
+
+
+def less_auxiliary(model: nn.Module, batch: Batch, loss: Tensor, auxiliary: Auxiliary) -> Tensor:
+    """Returns the model's own loss less what a function says that it adds to the main one."""
+    if not callable(auxiliary):
+        return loss
+    with measuring(model, forward_mode=False), torch.no_grad():
+        return loss - auxiliary(model, batch)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hessprobe.problem.batches import Batch
 from hessprobe.problem.class_dimension import LAST, check_known, classes_last, found_place
 from hessprobe.problem.losses import Loss
-from hessprobe.problem.own_loss import Auxiliary, Reading, own_loss, read
+from hessprobe.problem.own_loss import Auxiliary, Reading, less_auxiliary, own_loss, read
 
 TRIES = 3  # batches that may be asked before what they have not told stays unknown
 
@@ -27,7 +27,14 @@ class Readings:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, auxiliary: Auxiliary, *, default: bool, own_counts: bool, batch_first: bool
+        self,
+        model: nn.Module,
+        loss: Loss,
+        auxiliary: Auxiliary,
+        *,
+        default: bool,
+        own_counts: bool,
+        batch_first: bool,
     ) -> None:
         self.model, self.auxiliary = model, auxiliary
         self.default, self.own_counts = default, own_counts
@@ -110,12 +117,7 @@ class Readings:
         if not asked or not isinstance(batch, Mapping) or "labels" not in batch:
             return None
         found = own_loss(self.model, batch)
-        if found is None:
-            return None
-        if callable(self.auxiliary):
-            with torch.no_grad():
-                return found.loss - self.auxiliary(self.model, batch)
-        return found.loss
+        return None if found is None else less_auxiliary(self.model, batch, found.loss, self.auxiliary)
 
 
 def _sums_to_one(x: Tensor, dim: int) -> bool:

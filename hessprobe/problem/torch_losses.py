@@ -55,7 +55,9 @@ def torch_loss(loss: Callable[..., Tensor], ignore_index: int) -> Loss | None:
                 f"loss {name} ignores class {own}, and ignore_index={ignore_index} another: give it once"
             )
         return CrossEntropy(
-            ignore_index if own == IGNORED else own, settings.get("weight"), settings.get("label_smoothing", 0.0)
+            ignore_index if own == IGNORED else own,
+            settings.get("weight"),
+            settings.get("label_smoothing", 0.0),
         )
     if kind in SQUARED:
         return SquaredError(mean_over_outputs=True) if settings.get("weight") is None else None
@@ -85,11 +87,10 @@ def _each_token(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tenso
     """Returns the loss unreduced, summed over each token's outputs: (n, c), (n, c) -> (n,)."""
     kind, settings = _taken_apart(loss)
     if kind in HUBER:  # delta times the smooth L1 loss, whose second derivative torch has in forward mode too
-        delta = settings.get("delta", 1.0)
-        each: Callable[..., Tensor] = lambda z, y: delta * F.smooth_l1_loss(z, y, reduction="none", beta=delta)  # noqa: E731
+        each: Callable[..., Tensor] = partial(_huber, delta=settings.get("delta", 1.0))
     elif isinstance(loss, nn.Module):
         each = copy.copy(loss)
-        each.reduction = "none"
+        each.reduction = "none"  # pyright: ignore[reportArgumentType]
     else:
         each = partial(loss, reduction="none")
 
@@ -102,3 +103,7 @@ def _each_token(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tenso
 
     summed.__name__ = getattr(loss, "__name__", type(loss).__name__)
     return summed
+
+
+def _huber(outputs: Tensor, targets: Tensor, delta: float) -> Tensor:
+    return delta * F.smooth_l1_loss(outputs, targets, reduction="none", beta=delta)

@@ -166,5 +166,8 @@ def test_an_unknown_kind_names_the_known_ones():
 @pytest.mark.parametrize("kind", ["sampled", "sign"])
 def test_a_loss_without_a_known_root_names_the_way_out(kind):
     z, _ = _outputs_and_targets("squared_error")
-    with pytest.raises(UserError, match=r"got logcosh: .*\"method\": \"products\".*cross_layer\.method=products.*block_norms\(GaussN"):
+    with pytest.raises(
+        UserError,
+        match=r"got logcosh: .*\"method\": \"products\".*cross_layer\.method=products.*block_norms\(GaussN",
+    ):
         draw_cotangent(kind, loss_named(logcosh), z, z, generator=seeded(0))

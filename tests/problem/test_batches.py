@@ -1,4 +1,4 @@
-"""A batch is a tree of tensors that share a dimension of sequences; a list is micro-batches only if its entries are batches."""
+"""A batch is a tree of tensors that share a dimension of sequences; a list is micro-batches if its entries are batches."""
 
 from __future__ import annotations
 
@@ -163,7 +163,9 @@ def test_sequences_second_are_the_batch_s_sequences():
     batch = (ids.T.contiguous(), y.T.contiguous())
     assert objective.sequence_shape(batch) == (SEQUENCES, POSITIONS)
     loss = F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [model.get_parameter(n) for n in partition.names])])
+    wanted = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, [model.get_parameter(n) for n in partition.names])]
+    )
     torch.testing.assert_close(objective.gradient(batch, partition)[1], wanted)
     assert [b[0].shape for b in objective.split(batch, 2)] == [(POSITIONS, 3)] * 2
     torch.testing.assert_close(objective.loss(objective.split(batch, 3)), loss)
@@ -212,7 +214,9 @@ class TestClassDimension:
         with pytest.raises(UserError, match=r"as many classes as positions.*forward=.*movedim\(1, -1\)"):
             Objective(Fixed()).loss((x, y))
         model = Fixed()
-        found = Objective(model, forward=lambda m, b: m(b[0]).movedim(1, -1), targets=lambda b: b[1]).loss((x, y))
+        found = Objective(model, forward=lambda m, b: m(b[0]).movedim(1, -1), targets=lambda b: b[1]).loss(
+            (x, y)
+        )
         torch.testing.assert_close(found, F.cross_entropy(model(x), y))
 
     def test_probabilities_second_are_known_by_their_sums(self):

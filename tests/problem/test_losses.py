@@ -32,14 +32,26 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor
         nn.CrossEntropyLoss(weight=WEIGHT),
         "classes",
     ),
-    "smoothing": (partial(F.cross_entropy, label_smoothing=0.1), nn.CrossEntropyLoss(label_smoothing=0.1), "classes"),
+    "smoothing": (
+        partial(F.cross_entropy, label_smoothing=0.1),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        "classes",
+    ),
     "weights and smoothing": (
         nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.2),
         nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.2),
         "classes",
     ),
-    "ignored class": (nn.CrossEntropyLoss(ignore_index=2), nn.CrossEntropyLoss(ignore_index=2), "all classes"),
-    "probabilities": (nn.CrossEntropyLoss(weight=WEIGHT), nn.CrossEntropyLoss(weight=WEIGHT), "probabilities"),
+    "ignored class": (
+        nn.CrossEntropyLoss(ignore_index=2),
+        nn.CrossEntropyLoss(ignore_index=2),
+        "all classes",
+    ),
+    "probabilities": (
+        nn.CrossEntropyLoss(weight=WEIGHT),
+        nn.CrossEntropyLoss(weight=WEIGHT),
+        "probabilities",
+    ),
     "mean squared error": (nn.MSELoss(), nn.MSELoss(), "real"),
     "binary": (nn.BCEWithLogitsLoss(pos_weight=WEIGHT), nn.BCEWithLogitsLoss(pos_weight=WEIGHT), "binary"),
     "binary weighted": (
@@ -82,7 +94,9 @@ class Case:
 
     def outputs(self, theta: Tensor) -> Tensor:
         named = self.partition.unflatten(theta)
-        return torch.cat([torch.func.functional_call(self.model, named, (x,)).flatten(0, 1) for x, _ in self.batches])
+        return torch.cat(
+            [torch.func.functional_call(self.model, named, (x,)).flatten(0, 1) for x, _ in self.batches]
+        )
 
     def loss(self, theta: Tensor) -> Tensor:
         return self.torch(self.outputs(theta), self.y)
@@ -94,7 +108,9 @@ class Case:
     @property
     def gauss_newton(self) -> Tensor:
         z = self.outputs(self.theta).detach()
-        inner = torch.autograd.functional.hessian(lambda flat: self.torch(flat.view_as(z), self.y), z.flatten())
+        inner = torch.autograd.functional.hessian(
+            lambda flat: self.torch(flat.view_as(z), self.y), z.flatten()
+        )
         jacobian = torch.autograd.functional.jacobian(lambda t: self.outputs(t).flatten(), self.theta)
         return jacobian.T @ inner @ jacobian
 
@@ -119,13 +135,21 @@ def test_models_of_the_loss_along_a_direction_are_of_the_same_mean(name):
     ladder = model_ladder(case.objective, case.batches, case.partition, d, [0.1], parameters=case.theta)
     gradient = torch.func.grad(case.loss)(case.theta)
     torch.testing.assert_close(ladder.mean(ladder.slope), gradient @ d, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(ladder.mean(ladder.curvature), d @ case.gauss_newton @ d, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        ladder.mean(ladder.curvature), d @ case.gauss_newton @ d, rtol=1e-8, atol=1e-10
+    )
     change = case.loss(case.theta + 0.1 * d) - case.loss(case.theta)
     torch.testing.assert_close(ladder.mean(ladder.loss)[0], change.detach(), rtol=1e-8, atol=1e-10)
     weight, named = case.objective.weight(case.batches), case.partition.unflatten
     shares = [
         local_gradient(
-            case.objective, batch, named(case.theta), named(0.1 * d), case.partition.names, model="quadratic", weight=weight
+            case.objective,
+            batch,
+            named(case.theta),
+            named(0.1 * d),
+            case.partition.names,
+            model="quadratic",
+            weight=weight,
         ).gradient
         for batch in case.batches
     ]
@@ -172,7 +196,10 @@ def test_names_stand_for_torchs_means():
 REFUSED = {
     "a sum": (nn.CrossEntropyLoss(reduction="sum"), "reduction='sum'.*reduction='mean'"),
     "two ignored classes": (nn.CrossEntropyLoss(ignore_index=3), "ignores class 3, and ignore_index=2"),
-    "weights of another shape": (nn.BCEWithLogitsLoss(weight=torch.ones(2, 3)), r"weight wanted one number.*\(2, 3\)"),
+    "weights of another shape": (
+        nn.BCEWithLogitsLoss(weight=torch.ones(2, 3)),
+        r"weight wanted one number.*\(2, 3\)",
+    ),
 }
 
 
@@ -192,7 +219,9 @@ def test_real_targets_that_are_no_probabilities_are_told_the_losses_for_them():
 
 def test_targets_whose_classes_weigh_nothing_carry_none():
     model, x = redraw(nn.Linear(3, 2), seeded(0)), real(seeded(1), 4, 3)
-    objective = Objective(model, loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.0], dtype=torch.float64)))
+    objective = Objective(
+        model, loss=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.0], dtype=torch.float64))
+    )
     with pytest.raises(UserError, match="no token carries a target"):
         objective.loss((x, torch.ones(4, dtype=torch.long)))
     with pytest.raises(UserError, match="no token carries a target"):

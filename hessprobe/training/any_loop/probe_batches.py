@@ -32,7 +32,9 @@ def first_sequences(objective: Objective, batches: list[Batch], limit: int) -> l
 
 def own_sequences(objective: Objective, batch: Batch | list[Batch], limit: int) -> list[Batch]:
     """Returns what one of several processes sends the others: its first sequences, in memory of their own on the CPU."""
-    held = [own for own in objective.listed(batch) if objective.sequences(own)]  # a process may have had nothing to read
+    held = [
+        own for own in objective.listed(batch) if objective.sequences(own)
+    ]  # a process may have had nothing to read
     return mapped(
         first_sequences(objective, held, limit), lambda x: x.detach().to("cpu", copy=True).contiguous()
     )
