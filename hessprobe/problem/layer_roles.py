@@ -36,7 +36,7 @@ class Roles:
 
     def of(self, name: str, parameter: Tensor) -> str | None:
         """Returns the role of a parameter under one of its names."""
-        if id(parameter) in self.outputs and not (id(parameter) in self.inputs and self._embeds(name)):
+        if id(parameter) in self.outputs and not self._embeds(name):
             return "head"
         by_name = kind_by_name(name)
         if id(parameter) in self.inputs or self._embeds(name) or by_name == "embedding":

@@ -189,10 +189,9 @@ def _with_companions(model: nn.Module, group: list[str], lists: Mapping[str, Map
     companions = []
     for other, module in model.get_submodule(parent)._modules.items():
         path = f"{parent}.{other}" if parent else other
-        alike = (
-            isinstance(module, nn.ModuleList) and len(module) == len(lists[group[0]]) and path not in lists
-        )
-        if alike and "embed" not in other and any(other in loop for loop in loops):
+        if not isinstance(module, nn.ModuleList) or path in lists or "embed" in other:
+            continue
+        if len(module) == len(lists[group[0]]) and any(other in loop for loop in loops):
             companions.append(path)
             numbers |= {f"{path}.{i}": i for i in range(len(module))}
     return Stack(lists=(*group, *companions), numbers=numbers)

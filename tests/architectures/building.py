@@ -61,14 +61,16 @@ SMALL: dict[str, Any] = {
                      "moe_num_shared_experts", "moe_layer_start_index"], 1),
     **dict.fromkeys(["kv_lora_rank", "q_lora_rank", "o_lora_rank", "hidden_size_per_layer_input", "state_size",
                      "mamba_d_state", "ssm_state_size", "gated_norm_rank", "laurel_rank"], 8),
-    **dict.fromkeys(["qk_rope_head_dim", "rotary_dim", "time_step_rank", "mamba_dt_rank", "conv_kernel_size"], 4),
+    **dict.fromkeys(["rotary_dim", "time_step_rank", "mamba_dt_rank", "conv_kernel_size"], 4),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_source_positions",
                      "max_target_positions", "sliding_window", "max_2d_position_embeddings"], 64),
-    "qk_head_dim": 12, "type_vocab_size": 2, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2,
+    "qk_head_dim": 16, "qk_rope_head_dim": 8, "type_vocab_size": 2, "pad_token_id": PAD, "bos_token_id": 1,
+    "eos_token_id": 2,
     "decoder_start_token_id": 1, "image_size": 16, "patch_size": 4, "num_labels": CLASSES, "chunk_size": 4,
     "mamba_chunk_size": 4, "index_topk": 4, "n_groups_attn": 1, "num_nextn_predict_layers": 0, "attention_window": 4,
     "num_mel_bins": 8, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_codevectors_per_group": 4,
-    "codevector_dim": 4, "proj_codevector_dim": 4, "apply_spec_augment": False, "num_hash_buckets": 64, "axial_pos_embds": False,
+    "codevector_dim": 4, "proj_codevector_dim": 4, "apply_spec_augment": False, "num_hash_buckets": 64,
+    "axial_pos_embds": False,
     "num_query_tokens": 4, "hc_mult": 2, "max_bucket": 4, "rel_pos_bins": 8, "query_pre_attn_scalar": 8,
     "image_token_id": VOCABULARY - 1, "image_token_index": VOCABULARY - 1, "video_token_id": VOCABULARY - 2,
     "video_token_index": VOCABULARY - 2, "audio_token_id": VOCABULARY - 3, "audio_token_index": VOCABULARY - 3,
@@ -158,9 +160,10 @@ def built(architecture: Architecture, generator: torch.Generator) -> tuple[nn.Mo
     for part in [config, *(getattr(config, name, None) for name in getattr(kind, "sub_configs", {}))]:
         if part is not None:
             part.pad_token_id = PAD
+            part._experts_implementation = "eager"  # grouped matrix products take no float64
             if getattr(part, "decoder_start_token_id", None) is None:
                 part.decoder_start_token_id = 1
-    model = getattr(transformers, architecture.name)(config)
+    model = getattr(transformers, architecture.name)(config).requires_grad_(True)
     if architecture.kind == "two towers":
         return model.double().eval(), None
     return model.double().eval(), batch_for(architecture.kind, generator, model)
