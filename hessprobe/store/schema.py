@@ -6,7 +6,7 @@ A probe declares its table before it measures, so the layout on disk is complete
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import nan, prod
 from typing import Any
 
@@ -58,7 +58,9 @@ class Variable:
     """One measured quantity of a table: its dimensions (`step` first), units, and how it was estimated.
 
     `units` as a reader would say them ("nats per token", "1" for a pure number); `estimator` names the method
-    and its source, or "exact". `dtype` is one of float64, float32, int64, int32, bool, str.
+    and its source, or "exact". `dtype` is one of float64, float32, int64, int32, bool, str. `quantity` says of which
+    matrix a norm is, where there are two: "batch", the batch's own G; or "population", the expected G over sequences like
+    these. ||G|| of a batch is the larger one: it holds the batch's own noise.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Variable:
     long_name: str
     estimator: str
     dtype: str = "float64"
+    quantity: str = ""
 
     def __post_init__(self) -> None:
         if not self.dims or self.dims[0] != STEP:
@@ -80,8 +83,9 @@ class Variable:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The attributes stored beside the data: long_name, units, estimator."""
-        return {"long_name": self.long_name, "units": self.units, "estimator": self.estimator}
+        """The attributes stored beside the data: long_name, units, estimator, and quantity where there are two."""
+        found = {"long_name": self.long_name, "units": self.units, "estimator": self.estimator}
+        return {**found, "quantity": self.quantity} if self.quantity else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,11 @@ def declared(entries: Sequence[tuple[str, tuple[str, ...], str, str, str]]) -> t
         Variable(name=name, dims=dims, units=units, long_name=long_name, estimator=how)
         for name, dims, units, long_name, how in entries
     )
+
+
+def of_quantity(quantity: str, variables: Sequence[Variable]) -> tuple[Variable, ...]:
+    """Returns the variables as of this quantity, "population" or "batch"."""
+    return tuple(replace(variable, quantity=quantity) for variable in variables)
 
 
 def bookkeeping_variables() -> tuple[Variable, ...]:
