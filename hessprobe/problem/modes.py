@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def training_modes(model: nn.Module, only: list[nn.Module] | None = None) -> Ite
 
 def random_states(device: torch.device) -> tuple[object, ...]:
     """Returns the states of the generators that a forward pass may draw from, to be compared."""
-    numpy = np.random.get_state()
+    numpy: tuple[Any, ...] = np.random.get_state(legacy=True)  # pyright: ignore[reportAssignmentType]
     on_device = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
     drawn = torch.get_rng_state().numpy().tobytes()
     return drawn, on_device, random.getstate(), numpy[1].tobytes(), numpy[2]

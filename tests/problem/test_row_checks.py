@@ -1,4 +1,4 @@
-"""The checks of a row by themselves: what chance explains and what it does not, precision, a model's own loss, and traces."""
+"""The checks of a row by themselves: what chance explains and what it does not, precision, a model's own loss, traces."""
 
 from __future__ import annotations
 
