@@ -209,10 +209,17 @@ def test_every_measurement_leaves_the_same_objects_with_the_same_bits(name: str)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SHAPES)
-def test_products_are_the_dense_ones_whatever_holds_the_parameters(name: str) -> None:
+def test_products_are_the_dense_ones_whatever_holds_the_parameters(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = problem(name)
     objective, partition = hp.Objective(given.model, given.loss), hp.Partition.of(given.model, "parameter")
-    g, h = jacobian_truth(given.model, given.batches[0], partition)
+    with monkeypatch.context() as patch:
+        # Torch's own kernel is not symmetric in its second derivatives (torch 2.13): by plain operations here.
+        patch.setattr(
+            torch, "_weight_norm", lambda v, g, dim: v * (g / v.square().sum(1, keepdim=True).sqrt())
+        )
+        g, h = jacobian_truth(given.model, given.batches[0], partition)
     eye = torch.eye(partition.size, dtype=torch.float64)
     for kind, truth in ((hp.GaussNewton, g), (hp.Hessian, h)):
         found = kind(objective, given.batches, partition)  # type: ignore[arg-type]
