@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -209,15 +210,25 @@ def test_every_measurement_leaves_the_same_objects_with_the_same_bits(name: str)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SHAPES)
-def test_products_are_the_dense_ones_whatever_holds_the_parameters(name: str) -> None:
+def test_products_are_the_dense_ones_whatever_holds_the_parameters(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = problem(name)
     objective, partition = hp.Objective(given.model, given.loss), hp.Partition.of(given.model, "parameter")
-    g, h = jacobian_truth(given.model, given.batches[0], partition)
+    with monkeypatch.context() as patch:
+        # Torch's own kernel is not symmetric in its second derivatives (torch 2.13): by plain operations here.
+        for holder in (torch, sys.modules["torch.nn.utils.weight_norm"]):
+            patch.setattr(holder, "_weight_norm", plain_weight_norm)
+        g, h = jacobian_truth(given.model, given.batches[0], partition)
     eye = torch.eye(partition.size, dtype=torch.float64)
     for kind, truth in ((hp.GaussNewton, g), (hp.Hessian, h)):
         found = kind(objective, given.batches, partition)  # type: ignore[arg-type]
         assert oracles.relative_error(found.apply(eye), truth) < 1e-8
         assert oracles.relative_error(found.apply(eye[:1]), truth[:1]) < 1e-8
+
+
+def plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / v.square().sum(1, keepdim=True).sqrt())
 
 
 def jacobian_truth(
