@@ -141,7 +141,10 @@ FEWER = {
     "draws": ({"draws": 2, "held_out_sequences": 4}, (1, [2, 3], 4)),
     "sizes": ({"curvature_sequences": (2, 3, 6), "held_out_sequences": 6}, (1, [2, 3], 6)),
     "held out": ({"curvature_sequences": (3,), "held_out_sequences": 9, "folds": 9}, (1, [2], 7)),
-    "below the smallest": ({"curvature_sequences": (20, 40), "held_out_sequences": 40, "folds": 8}, (1, [4], 5)),
+    "below the smallest": (
+        {"curvature_sequences": (20, 40), "held_out_sequences": 40, "folds": 8},
+        (1, [4], 5),
+    ),
 }
 
 
@@ -153,7 +156,13 @@ def test_fewer_sequences_than_laid_out_are_measured_as_a_recipe_of_that_size_and
     row, _ = probe.measure(snapshot()), probe.measure(snapshot())
     folds = min(probe.recipe.folds, held_out)
     own, _ = measured(
-        **{**given, "draws": draws, "curvature_sequences": sizes, "held_out_sequences": held_out, "folds": folds}
+        **{
+            **given,
+            "draws": draws,
+            "curvature_sequences": sizes,
+            "held_out_sequences": held_out,
+            "folds": folds,
+        }
     )
     read = row["curvature_sequences_read"]
     assert read[: len(sizes)].tolist() == sizes and np.isnan(read[len(sizes) :]).all()
@@ -164,7 +173,10 @@ def test_fewer_sequences_than_laid_out_are_measured_as_a_recipe_of_that_size_and
         assert np.isnan(row[name][draws:]).all() and np.isnan(row[name][:, :, len(sizes) :]).all()
     np.testing.assert_allclose(row["block_efficiency"], own["block_efficiency"], rtol=1e-6)
     np.testing.assert_allclose(row["fold_tokens"][:folds], own["fold_tokens"])
-    assert not row["fold_tokens"][folds:].any() and not row["slope_held_out"][:draws, :, : len(sizes), :, folds:].any()
+    assert (
+        not row["fold_tokens"][folds:].any()
+        and not row["slope_held_out"][:draws, :, : len(sizes), :, folds:].any()
+    )
     (said,) = [record.getMessage() for record in caplog.records]
     assert "9 sequences in this batch, and " in said and "curvature_sequences_read" in said
 
