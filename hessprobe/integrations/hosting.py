@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hessprobe.errors import UserError, unknown_name
-from hessprobe.problem.partition import PARTITIONS
-from hessprobe.training.any_loop.chosen_probes import choose
+from hessprobe.errors import UserError
+from hessprobe.training.any_loop.chosen_probes import check_choice
 from hessprobe.training.any_loop.objective_arguments import check_agreement
 from hessprobe.training.any_loop.recorder import Recorder
 from hessprobe.training.any_loop.words import for_recorder
@@ -45,12 +44,9 @@ class Hosted:
         self.recorder: Recorder | None = None
         self._said: set[str] = set()
         try:
-            choose(settings["probes"], settings["every"], sequences=settings["sequences"], seed=0)
+            check_choice(**settings)
         except UserError as error:
             raise UserError(for_recorder(str(error))) from error
-        partition = settings["partition"]
-        if isinstance(partition, str) and partition not in PARTITIONS:
-            raise unknown_name("partition", partition, [*PARTITIONS, "a function name -> block"])
         if objective is not None:
             check_agreement(objective, self.arguments)
 

@@ -35,9 +35,9 @@ class ProbeCallback(TrainerCallback):
     logged (logger "hessprobe"), and training goes on. Where steps start again, in a second `train()` or a retry with a
     smaller batch, the rows go into a folder beside the first (runs/mine-2).
 
-    Causal and masked language models and classifiers are understood as they come (labels of -100 carry no loss); the loss is cross-entropy on the labels, whatever else a
-    Trainer may add to it (label smoothing, a balancing loss). Under torchrun every process has the callback, as it has the
-    Trainer: they measure together, and the first alone writes.
+    Causal and masked language models and classifiers are understood as they come (labels of -100 carry no loss); the loss
+    is cross-entropy on the labels, whatever else a Trainer may add to it (label smoothing, a balancing loss). Under
+    torchrun every process has the callback, as it has the Trainer: they measure together, and the first alone writes.
 
     Args:
         folder: of the run, from the working directory of now; a training resumed from a checkpoint goes on in it.
