@@ -215,10 +215,10 @@ def _attention_calls(bench: Bench, length: int, heads: int, size: int) -> dict[s
     def gradient(backends: list[SDPBackend] | None) -> Callable[[], object]:
         def call() -> object:
             if backends is None:
-                mixed = F.scaled_dot_product_attention(*leaves, is_causal=True)
+                mixed = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=True)
             else:
                 with sdpa_kernel(backends):
-                    mixed = F.scaled_dot_product_attention(*leaves, is_causal=True)
+                    mixed = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=True)
             return torch.autograd.grad(mixed, leaves, cotangent)
 
         return call
@@ -226,8 +226,9 @@ def _attention_calls(bench: Bench, length: int, heads: int, size: int) -> dict[s
     def dual() -> object:
         with measuring(holder), forward_ad.dual_level():
             duals = [forward_ad.make_dual(x, t) for x, t in zip(leaves, tangents, strict=True)]
-            mixed = F.scaled_dot_product_attention(*duals, is_causal=True)
+            mixed = F.scaled_dot_product_attention(duals[0], duals[1], duals[2], is_causal=True)
             primal, tangent = forward_ad.unpack_dual(mixed)
+            assert tangent is not None
             return torch.autograd.grad(primal, leaves, tangent.detach())
 
     return {

@@ -62,7 +62,7 @@ def _probe(instrument: str, options: Mapping[str, Any]) -> Probe:
 
 def _row(bench: Bench, problem: Problem, instrument: str, unit: float, share: float) -> Iterator[Figure]:
     partition = problem.partition
-    probe = None
+    probe, expected = None, 0.0
     for sequences in _SEQUENCES[bench.small]:
         probe = _probe(instrument, _options(instrument, sequences))
         expected = SLACK * probe.cost(partition) * probe.unit_sequences * unit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -31,7 +31,9 @@ def peaks(bench: Bench) -> Iterator[Figure]:
     size = BYTES[bench.small]
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copies = {"on the device (read and written)": (lambda: target.copy_(source), 2)}
+    copies: dict[str, tuple[Callable[[], object], float]] = {
+        "on the device (read and written)": (lambda: target.copy_(source), 2)
+    }
     if device.type == "cuda":
         host = torch.empty(size // 4, dtype=torch.uint8, pin_memory=True)
         part = source[: size // 4]
