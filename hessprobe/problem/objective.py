@@ -375,5 +375,3 @@ def pull_back(
     return torch.cat(
         [(torch.zeros_like(x) if g is None else g).reshape(-1) for x, g in zip(inputs, grads, strict=True)]
     )
-
-
