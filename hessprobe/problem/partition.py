@@ -34,12 +34,19 @@ class Slot:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the module inside torch.compile's and DistributedDataParallel's wrappers (the same tensors)."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+    """Returns the module inside the wrappers of torch.compile, DistributedDataParallel and Fabric (the same tensors)."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        elif hasattr(model, "_orig_mod"):
+            inner = model._orig_mod
+        elif "_forward_module" in model._modules and "_original_module" in model._modules:
+            # Fabric's, whose own forward switches autocast on and minds how backward is called.
+            inner = model._original_module
+        else:
+            return model
         assert isinstance(inner, nn.Module)
         model = inner
-    return model
 
 
 @dataclass(frozen=True, kw_only=True)

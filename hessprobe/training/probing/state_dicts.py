@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.batches import is_tensor_list
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.recipe import ModelRecipe
 from hessprobe.training.failures import reason_of
@@ -251,9 +250,10 @@ class _Given:
         self._found, self._objective = found, objective
         self.fingerprint: Mapping[str, Any] = {"source": name}
         self._batches: list[Batch] = []
-        many = isinstance(found, Iterable) and not isinstance(found, (Tensor, Mapping, tuple))
-        many = many and not is_tensor_list(found)
-        self._left = iter(found) if many else iter([found])
+        if isinstance(found, list):
+            found = objective.listed(found)
+        one = isinstance(found, (Tensor, Mapping, tuple)) or not isinstance(found, Iterable)
+        self._left = iter([found]) if one else iter(found)
 
     def batch(self, *, seed: int, step: int, sequences: int, stream: str) -> list[Batch]:
         """Returns the first batches that hold so many sequences between them, the last one cut; fewer where they end."""
