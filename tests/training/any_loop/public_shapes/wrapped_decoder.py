@@ -54,13 +54,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         b, t, _ = x.shape
-        q, k, v = (
-            f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v)
-        )
+        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
         q, k = rotate(q, angles), rotate(k, angles)
-        k, v = (
-            torch.cat((m.expand(b, -1, -1, -1), s), dim=2) for m, s in ((self.mem_k, k), (self.mem_v, v))
-        )
+        k, v = (torch.cat((m.expand(b, -1, -1, -1), s), dim=2) for m, s in ((self.mem_k, k), (self.mem_v, v)))
         later = torch.ones(t, t, dtype=torch.bool).triu(1)
         dots = torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
         dots = dots.masked_fill(F.pad(later, (1, 0), value=False), -torch.finfo(dots.dtype).max)
