@@ -1,10 +1,10 @@
-"""The command line: train, probe, report, show, compare. Imports stand inside the commands: a slip is answered at once."""
+"""The command line: train, probe, report, show, compare, validate. Imports stand inside: a slip is answered at once."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130
-_ONE_PROCESS = ("probe", "report", "show", "compare")
+_ONE_PROCESS = ("probe", "report", "show", "compare", "validate")
 _MISTAKEN_CALL: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/nano.")]
@@ -115,8 +115,8 @@ def probe_models(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="A run's folder or checkpoint file; a folder of transformers, or a name on the Hub. Several checkpoints "
-            "of one model are one series.",
+            help="A run's folder or checkpoint file; a folder of transformers, or a name on the Hub; with --model files of "
+            "weights, a folder of them or a pattern. Several checkpoints of one model are one series.",
         ),
     ],
     probe: Annotated[
@@ -125,7 +125,17 @@ def probe_models(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A text file or folder, or hub:OWNER/NAME/CONFIG; default the run's own data."),
+        typer.Option(
+            help="A text file or folder, hub:OWNER/NAME/CONFIG, or MODULE:FUNCTION that gives batches (with --model); "
+            "default the run's own data."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Makes the model (nn.Module or hp.Objective) whose weights the files hold: Lightning's .ckpt, state_dicts.",
+        ),
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="Sequences that a row reads.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
@@ -143,12 +153,12 @@ def probe_models(
         typer.Option("--log", help="Send a few scalars to tensorboard or wandb too; may be repeated."),
     ] = None,
 ) -> None:
-    """Measure checkpoints without training: a run's, or transformers'. A series of them becomes the step axis."""
+    """Measure checkpoints without training: a run's, transformers', or yours (--model). A series becomes the step axis."""
     settings = _settings(probe, None, None, None, None, device, seed, setting, log)
 
     from hessprobe.training.probing.series_run import measure_series, open_series
 
-    series = open_series(models, settings, data=data, sequences=sequences, context=context)
+    series = open_series(models, settings, data=data, sequences=sequences, context=context, model=model)
     folder = out or _free_folder(Path("runs") / series.recipe.name)
     measure_series(series, folder)
     _say_written(folder)
@@ -224,6 +234,31 @@ def compare(
             f"cannot write {error.filename or out or figures} ({error.strerror or error}); give another --out or "
             "--figures, or free some space"
         ) from error
+
+
+@app.command("validate")
+def validate_machine(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    minutes: Annotated[
+        float, typer.Option(help="For everything; what no longer fits is left out and said.")
+    ] = 10,
+    small: Annotated[
+        bool, typer.Option("--small", help="Shrunken copies of the large models: minutes on two CPU cores.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default runs/validate.")] = None,
+) -> None:
+    """Is hessprobe right and fast on this machine? Checks and measurements into validate.json and one page."""
+    from hessprobe.validation.command import validate
+
+    folder = out or _free_folder(Path("runs") / "validate")
+    found = validate(device=device, minutes=minutes, small=small, folder=folder)
+    print(f"\nfigures  {folder / 'validate.json'}\npage     {folder / 'validate.html'}")
+    if found.failures:
+        names = "; ".join(f"{figure.stage}: {figure.name}" for figure in found.failures[:3])
+        raise RunFailed(
+            f"{len(found.failures)} of {found.checks} checks, such as {names}; {folder / 'validate.html'} has them all"
+        )
+    print(f"all {found.checks} checks passed")
 
 
 def _decided(
@@ -414,6 +449,17 @@ def main() -> None:
     Of several processes the first says it, since what one meets all do; but that one is lost, whoever is left says. After
     a mistake the first alone ends with 2: another one that did, torchrun would stop the first before it has said it.
     """
+    from hessprobe.training.torchrun import launched, leave
+
+    try:
+        _run_command_line()
+    except SystemExit as end:
+        if launched():
+            leave(int(end.code or 0))
+        raise
+
+
+def _run_command_line() -> NoReturn:
     from hessprobe.training.torchrun import is_first, launched
 
     try:

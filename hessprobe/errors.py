@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 class UserError(ValueError):
@@ -20,3 +25,16 @@ def unknown_name(kind: str, given: str, valid: Iterable[str]) -> UserError:
     nearest = get_close_matches(given, names, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return UserError(f"no {kind} named {given!r}.{hint} Valid: {', '.join(names)}")
+
+
+def warn(message: str) -> None:
+    """Warns with the caller's line, never one of this package's; with no line where nobody else's code called."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    if frame is None:
+        warnings.warn_explicit(message, UserWarning, "hessprobe", 0, registry={})
+        return
+    name = frame.f_globals.get("__name__", "__main__")
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, name, registry)

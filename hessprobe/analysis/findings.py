@@ -15,6 +15,7 @@ from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.grouping_findings import grouping_findings
 from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
 from hessprobe.analysis.preconditioner_findings import preconditioner_findings
+from hessprobe.analysis.symmetry import symmetry_findings
 from hessprobe.analysis.training import measuring_costs, summarize_training
 from hessprobe.analysis.wording import counted, percent
 
@@ -27,7 +28,8 @@ def findings(run: xr.DataTree, groupings: GroupingStudy | None = None) -> list[F
         groupings: what `study_groupings` said of its `cross_layer` table, where it was asked before: it takes seconds
             where layer kernels of two or more rounds were recorded.
     """
-    found: list[Finding] = []
+    probes = [name for name in ("cross_layer", "gn_hessian", "preconditioner") if name in run.children]
+    found = symmetry_findings({name: run[name].to_dataset() for name in probes})
     if "cross_layer" in run.children:
         table = run["cross_layer"].to_dataset()
         found += cross_layer_findings(table)

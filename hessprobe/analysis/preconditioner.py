@@ -60,7 +60,25 @@ def preconditioner_rows(table: xr.Dataset) -> xr.Dataset | None:
         shape = [rows.sizes[dim] for dim in DIMS[name]]
         rows = rows.assign({name: (DIMS[name], np.full(shape, np.nan))})
     small = [name for name, values in rows.data_vars.items() if "other_block" not in values.dims]
-    return rows.assign(rows[small].compute().data_vars)
+    return _as_read(rows.assign(rows[small].compute().data_vars))
+
+
+def _as_read(rows: xr.Dataset) -> xr.Dataset:
+    """Returns rows without the draws, sizes and folds that no row had sequences for, a smaller size under its own number."""
+    if "curvature_sequences_read" not in rows:
+        return rows
+    reached = {
+        "curvature_sequences": np.isfinite(rows["curvature_sequences_read"]).any("step").values,
+        "draw": np.isfinite(rows["optimal_residual"]).any(["step", "curvature_sequences", "damping"]).values,
+        "fold": (rows["fold_tokens"] > 0).any("step").values,
+    }
+    kept = {dim: np.flatnonzero(there) for dim, there in reached.items() if there.any() and not there.all()}
+    rows = rows.isel(kept) if kept else rows
+    read = rows["curvature_sequences_read"].max("step").values
+    labels = rows["curvature_sequences"].values
+    if np.isfinite(read).all() and (read < labels).any():
+        rows = rows.assign_coords(curvature_sequences=read.astype(labels.dtype))
+    return rows
 
 
 def decreases(rows: xr.Dataset) -> xr.Dataset:

@@ -24,7 +24,7 @@ class Along:
     Attributes:
         slope: (k, f, g) each fold's part of g_S.d_S, float64, nats per token: their sum is the batch's.
         curvature: (k, f, g, g) each fold's part of d_S.G_ST d_T, float64.
-        tokens: (f,) tokens with a target in each fold.
+        tokens: (f,) tokens with a target in each fold; what the loss weighs them by, where it weighs them.
     """
 
     slope: Tensor
@@ -65,7 +65,7 @@ def curvature_along(
     k, g, device = len(directions), len(groups), directions.device
     slope = torch.zeros(k, folds, g, dtype=torch.float64, device=device)
     curvature = torch.zeros(k, folds, g, g, dtype=torch.float64, device=device)
-    tokens = torch.zeros(folds, dtype=torch.int64, device=device)
+    tokens = torch.zeros(folds, dtype=torch.float64, device=device)
     sound = torch.isfinite(directions).all(dim=1)
     slope[~sound], curvature[~sound] = torch.nan, torch.nan
     first = gauss_newton.shares[0].first if gauss_newton.shares else 0
@@ -74,11 +74,11 @@ def curvature_along(
         b, t = objective.sequence_shape(batch)
         fold_of = torch.arange(first, first + b) * folds // sequences
         first += b
-        valid = objective.loss_function.valid(targets)
+        weights = objective.loss_function.weights(targets)
         rows = {f: (fold_of == f).repeat_interleave(t).nonzero()[:, 0] for f in fold_of.unique().tolist()}
         rows = {f: slice(int(of[0]), int(of[-1]) + 1) for f, of in rows.items()}
         for f, of in rows.items():
-            tokens[f] += valid[of].sum()
+            tokens[f] += weights[of].sum()
         if not bool(sound.any()):
             continue
         z, tangents = gauss_newton.tangents(batch, directions[sound], groups)
@@ -89,6 +89,6 @@ def curvature_along(
                 slope[i, f] += (jd[:, of].flatten(1) @ downhill[of].flatten()).double()
                 curvature[i, f] += (jd[:, of].flatten(1) @ curved[:, of].flatten(1).mT).double()
     slope, curvature, tokens = objective.processes.total(slope, curvature, tokens)
-    slope /= gauss_newton.tokens
-    curvature /= 2 * gauss_newton.tokens
+    slope /= gauss_newton.weight
+    curvature /= 2 * gauss_newton.weight
     return Along(slope=slope, curvature=curvature + curvature.mT, tokens=tokens)

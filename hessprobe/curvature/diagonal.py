@@ -46,7 +46,7 @@ def sampled_diagonal(
         def drawn(batch: Batch) -> Tensor:
             z = objective.outputs(batch, leaves)
             cotangent = _drawn(loss, z.detach(), generator)
-            cotangent *= loss.valid(objective.targets(batch))[:, None]
+            cotangent *= loss.hessian_scale(z.detach(), objective.targets(batch)).sqrt()
             return pull_back(z, leaves, partition.names, cotangent)
 
         for batch in listed:
@@ -55,18 +55,23 @@ def sampled_diagonal(
                 one = with_parameters(objective.model, leaves, lambda piece=piece: drawn(piece))
                 sums = one if sums.dim() == 0 else sums.add_(one)
             found = sums.square_() if found.dim() == 0 else found.add_(sums.square_())
-    return found / objective.tokens(listed)
+    return found / objective.weight(listed)
 
 
 def _drawn(loss: Loss, outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns independent rows (n, c) of mean zero, each with the covariance of its token's output Hessian."""
+    """Returns independent rows (n, c) of mean zero, each with the covariance of its family's output Hessian."""
     device = generator.device
-    if loss.name == "squared_error":
+    if loss.family == "squared":
         noise = torch.randn(outputs.shape, generator=generator, device=device, dtype=outputs.dtype)
         return noise.to(outputs.device)
-    if loss.name != "cross_entropy":
+    if loss.family == "logistic":
+        p = outputs.sigmoid()
+        noise = torch.rand(outputs.shape, generator=generator, device=device, dtype=outputs.dtype)
+        return p - (noise.to(p) < p).to(p)
+    if loss.family is None:
         raise UserError(
-            "diag(G) from sampled labels needs a loss with a known law of labels (cross_entropy, squared_error), got "
+            "diag(G) from sampled labels needs a loss with a known law of labels (cross-entropy, squared error, binary "
+            "cross-entropy), got "
             f"{loss.name}: use one of them, or an optimizer other than sophia"
         )
     p = outputs.softmax(-1)

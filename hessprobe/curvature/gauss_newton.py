@@ -15,6 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from hessprobe.curvature.forward_mode import check_forward_mode
 from hessprobe.curvature.linearisation import Linearisation, NotLinearisable
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
@@ -146,7 +147,7 @@ class GaussNewton(ModelOperator):
     def _curve(self, outputs: Tensor, batch: Batch, tangents: Tensor) -> Tensor:
         """Returns (1/N) (d2 loss / dz2) tangents."""
         targets = self.objective.targets(batch)
-        return self.objective.loss_function.hessian_product(outputs.detach(), targets, tangents) / self.tokens
+        return self.objective.loss_function.hessian_product(outputs.detach(), targets, tangents) / self.weight
 
     def _dual_pass(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         tangents = self.partition.unflatten(v[0])
@@ -166,8 +167,9 @@ class GaussNewton(ModelOperator):
         def along(t: dict[str, Tensor]) -> Tensor:
             return torch.func.jvp(outputs, ({name: fixed[name] for name in moved},), (t,))[1]
 
-        with torch.no_grad():  # the tangents need no reverse graph: only z does
-            jv = torch.func.vmap(along)({name: tangents[name] for name in moved})
+        check_forward_mode(self.objective, batch, fixed)
+        # Nothing wants gradients here: the tangents need no reverse graph, only z does.
+        jv = torch.func.vmap(along)({name: tangents[name] for name in moved})
 
         def pulled_back() -> list[Tensor]:
             z = self.objective.outputs(batch, leaves)
@@ -207,18 +209,19 @@ def dual_pass(
         tangents: v by name; only its entries `moved` count, all other parameters stand still.
         wanted: the parameters that J^T w is wanted for. The function serves once: it frees its graph as it goes.
     """
-    with torch.no_grad():
-        # The dual numbers lie BELOW the level at which vjp records, so tangents leave no reverse graph behind. And
-        # the dual level ends before the pull-back: inside it, the pull-back would carry tangents too.
-        with forward_ad.dual_level():
-            duals = {n: forward_ad.make_dual(x, tangents[n]) if n in moved else x for n, x in theta.items()}
+    check_forward_mode(objective, batch, theta)
+    fixed = {name: x.detach() for name, x in theta.items()}
+    # The dual numbers lie BELOW the level at which vjp records, so tangents leave no reverse graph behind (no_grad() would
+    # stop the tangents themselves). And the dual level ends before the pull-back: inside it, that would carry tangents too.
+    with forward_ad.dual_level():
+        duals = {n: forward_ad.make_dual(x, tangents[n]) if n in moved else x for n, x in fixed.items()}
 
-            def outputs(own: dict[str, Tensor]) -> Tensor:
-                return objective.outputs(batch, {**duals, **own})
+        def outputs(own: dict[str, Tensor]) -> Tensor:
+            return objective.outputs(batch, {**duals, **own})
 
-            dual, pull_back, *_ = torch.func.vjp(outputs, {name: duals[name] for name in wanted})
-            z, jv = forward_ad.unpack_dual(dual)
-            jv = torch.zeros_like(z) if jv is None else jv
+        dual, pull_back, *_ = torch.func.vjp(outputs, {name: duals[name] for name in wanted})
+        z, jv = forward_ad.unpack_dual(dual)
+        jv = torch.zeros_like(z) if jv is None else jv
 
     def transposed(w: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():

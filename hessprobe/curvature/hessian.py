@@ -18,6 +18,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from hessprobe.curvature.forward_mode import NoForwardMode, check_forward_mode
 from hessprobe.curvature.gradient_graph import GradientGraph
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
@@ -44,6 +45,28 @@ class Hessian(ModelOperator):
     def _product(self, engine: str, k: int) -> Callable[..., Tensor]:
         return self._forward_over_reverse if engine == "forward-over-reverse" else self._reverse_over_reverse
 
+    def _check_first_engine(self) -> None:
+        """Raises where tangents through the gradient do not give a symmetric matrix; 2 products of a piece, once a model."""
+        trust = self.objective.trust
+        if trust.second is None and self.pieces:
+            generator = torch.Generator().manual_seed(0)
+            rows = torch.randn(2, self.size, generator=generator, dtype=torch.float64)
+            u, v = rows.to(self.device, self.dtype)
+            everything = self.partition.blocks
+            with measuring(self.objective.model):
+                hu, hv = (
+                    self._forward_over_reverse(self.pieces[0], x[None], everything, everything)[0]
+                    for x in (u, v)
+                )
+            one, other = (u * hv).double(), (v * hu).double()
+            gap, size = (one.sum() - other.sum()).abs(), one.norm() + other.norm()
+            trust.second = not bool(gap > torch.finfo(self.dtype).eps ** 0.4 * size)
+        if trust.second is False:
+            raise NoForwardMode(
+                f"{type(self.objective.model).__name__}: second derivatives by forward mode are not symmetric on this model "
+                "(a custom function or kernel): use the engine of two backward passes"
+            )
+
     def _forward_over_reverse(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         try:
             return self._pearlmutter(batch, v, columns, rows)
@@ -56,20 +79,21 @@ class Hessian(ModelOperator):
             return self._pearlmutter(batch, v, columns, rows)
 
     def _pearlmutter(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
-        with torch.no_grad():  # no graph beyond those that vjp keeps for itself
-            if v.shape[0] == 1:
-                return self._one_row(batch, v, columns, rows)
-            theta = {name: leaf.detach() for name, leaf in self.leaves(()).items()}
-            moved, tangents = self.names_in(columns), self.partition.unflatten(v)
+        # No graph beyond those that vjp keeps for itself: nothing else wants gradients.
+        if v.shape[0] == 1:
+            return self._one_row(batch, v, columns, rows)
+        theta = self.leaves(())
+        check_forward_mode(self.objective, batch, theta)
+        moved, tangents = self.names_in(columns), self.partition.unflatten(v)
 
-            def along(t: dict[str, Tensor]) -> dict[str, Tensor]:
-                def gradient(moving: dict[str, Tensor]) -> dict[str, Tensor]:
-                    return self._gradient(batch, {**theta, **moving}, rows)
+        def along(t: dict[str, Tensor]) -> dict[str, Tensor]:
+            def gradient(moving: dict[str, Tensor]) -> dict[str, Tensor]:
+                return self._gradient(batch, {**theta, **moving}, rows)
 
-                return torch.func.jvp(gradient, ({name: theta[name] for name in moved},), (t,))[1]
+            return torch.func.jvp(gradient, ({name: theta[name] for name in moved},), (t,))[1]
 
-            product = torch.func.vmap(along)({name: tangents[name] for name in moved})
-            return self.flatten_rows(product, v.shape[0])
+        product = torch.func.vmap(along)({name: tangents[name] for name in moved})
+        return self.flatten_rows(product, v.shape[0])
 
     def _one_row(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         product = torch.zeros_like(v)
@@ -81,10 +105,12 @@ class Hessian(ModelOperator):
             if tangent is not None:
                 into[name].copy_(tangent)
 
+        fixed = self.leaves(())
+        check_forward_mode(self.objective, batch, fixed)
         with forward_ad.dual_level():
             theta = {
                 name: forward_ad.make_dual(leaf, tangents[name]) if name in moved else leaf
-                for name, leaf in self.leaves(()).items()
+                for name, leaf in fixed.items()
             }
             self._gradient(batch, theta, rows, keep)
         return product
@@ -110,7 +136,7 @@ class Hessian(ModelOperator):
     def _cotangent(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Returns (1/N) dloss/dz (n, c), differentiable in the outputs."""
         # In closed form: differentiating through log-softmax would dominate the cost.
-        return self.objective.loss_function.gradient(outputs, self.objective.targets(batch)) / self.tokens
+        return self.objective.loss_function.gradient(outputs, self.objective.targets(batch)) / self.weight
 
     def _reverse_over_reverse(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         moved, wanted = self.names_in(columns), self.names_in(rows)
@@ -172,7 +198,7 @@ class Hessian(ModelOperator):
             kept = self._by_kept_graph(piece, v, everything, everything)
         theta = None if self._theta is None else self.partition.flatten(self._theta)
         other = type(self)(self.objective.alone, piece, self.partition, parameters=theta, memory=self.memory)
-        gap = (kept - other.apply(v) * (other.tokens / self.tokens)).norm()
+        gap = (kept - other.apply(v) * (other.weight / self.weight)).norm()
         if gap > torch.finfo(self.dtype).eps ** 0.4 * kept.norm():
             raise NotImplementedError("products from the gradient's own graph differ from those without it")
         self._compared = True

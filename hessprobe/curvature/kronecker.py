@@ -10,19 +10,32 @@ curvlinops collects the sums; their scale, which it takes from the shapes of dat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 
+import curvlinops
 import torch
-from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from torch import Tensor, nn
 
 from hessprobe.curvature.kronecker_factors import KINDS, KroneckerBlock, KroneckerFactors
-from hessprobe.curvature.summed_outputs import LOSSES, SummedOutputs, counted, module_of, undisturbed
+from hessprobe.curvature.summed_outputs import (
+    EMPIRICAL,
+    LOSSES,
+    SummedOutputs,
+    counted,
+    module_of,
+    undisturbed,
+)
 from hessprobe.errors import RunFailed, UserError, unknown_name
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
 FISHERS = ("mc", "exact", "empirical")
+# What is used of curvlinops' operators, some of it beyond what its documentation promises to keep.
+NEEDED = {
+    "KFACLinearOperator": ("compute_kronecker_factors", "state_dict"),
+    "EKFACLinearOperator": ("compute_kronecker_factors", "compute_eigenvalue_correction", "state_dict"),
+}
 LARGEST = 8192  # a longer side's factor would take gigabytes: such a layer is left out
 
 
@@ -86,17 +99,23 @@ def kronecker_factors(
         raise unknown_name("fisher", fisher, FISHERS)
     if samples < 1:
         raise UserError(f"K-FAC: samples must be at least 1, got {samples}")
-    if objective.loss_function.name not in LOSSES:
+    loss = objective.loss_function
+    if loss.family not in LOSSES or (fisher == "empirical" and loss.name not in EMPIRICAL):
+        known = (
+            EMPIRICAL if fisher == "empirical" else (*EMPIRICAL, "mean_squared_error", "binary_cross_entropy")
+        )
         raise UserError(
-            f"K-FAC takes the losses {', '.join(LOSSES)}, got {objective.loss_function.name}: use one of them, or "
+            f"K-FAC takes the losses {', '.join(known)}, got {loss.name}: use one of them, or "
             "a method that needs no factors of the loss's Hessian"
         )
+    _check_curvlinops()
     listed = [batch for batch in objective.micro_batches(batches) if objective.tokens(batch)]
     names = kronecker_names(objective.model, partition, largest=largest)
     if not names:
         raise UserError(
-            f"K-FAC: the model has no nn.Linear with sides up to {largest:,} of its own in the partition; its largest "
-            "modules may be of another kind (Conv1D), tied or frozen"
+            f"K-FAC needs a layer it can factor: an nn.Linear with sides up to {largest:,}, trained, its weight used by no "
+            f"other module. {type(objective.model).__name__} has none in the partition (its matrices may be in modules of "
+            "another kind such as Conv1D, tied, or frozen): take a method that needs no layers, such as shampoo"
         )
     presented = SummedOutputs(objective, fisher, samples)
     with measuring(objective.model, forward_mode=False), undisturbed(objective.model, parameters):
@@ -110,6 +129,13 @@ def kronecker_factors(
                 "K-FAC: a linear layer takes no part in the outputs; freeze it (requires_grad_(False)) and make "
                 "the partition anew"
             ) from error
+    if not blocks:
+        raise UserError(
+            f"K-FAC needs a layer it can factor: an nn.Linear that is called once in a forward pass. Of "
+            f"{type(objective.model).__name__}'s, {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} are called more "
+            "often, or never (nn.MultiheadAttention takes weights without calling their module): take a method that needs "
+            "no layers, such as shampoo"
+        )
     return KroneckerFactors(blocks=blocks, gradient_equivalents=presented.cost(names))
 
 
@@ -121,7 +147,7 @@ def _kfac_blocks(
     rows: dict[str, float] = {}
     again: set[str] = set()
     for batch in batches:
-        operator = KFACLinearOperator(**presented.arguments([batch], names, _seed(generator)))
+        operator = curvlinops.KFACLinearOperator(**presented.arguments([batch], names, _seed(generator)))
         before = presented.forwards
         with counted(presented, names) as counts:
             operator.compute_kronecker_factors()
@@ -155,7 +181,7 @@ def _kfac_blocks(
 def _ekfac_blocks(
     presented: SummedOutputs, batches: list[Batch], names: Sequence[str], generator: torch.Generator
 ) -> dict[str, KroneckerBlock]:
-    operator = EKFACLinearOperator(**presented.arguments(batches, names, _seed(generator)))
+    operator = curvlinops.EKFACLinearOperator(**presented.arguments(batches, names, _seed(generator)))
     with counted(presented, names) as counts:
         operator.compute_kronecker_factors()
         operator.compute_eigenvalue_correction()
@@ -171,6 +197,19 @@ def _ekfac_blocks(
             eigenvalues=state["corrected_eigenvalues"][module][position] * scale,
         )
     return blocks
+
+
+def _check_curvlinops() -> None:
+    """Raises a UserError where curvlinops' operators are no longer those that this file was written for."""
+    for name, methods in NEEDED.items():
+        operator = getattr(curvlinops, name, None)
+        lacks = [method for method in methods if not hasattr(operator, method)]
+        if operator is None or lacks:
+            what = f"{name}.{lacks[0]}" if operator is not None else name
+            raise UserError(
+                f"K-FAC: curvlinops {version('curvlinops-for-pytorch')} has no {what}; wanted one that does: "
+                "pip install 'curvlinops-for-pytorch>=3.0.1,<4'"
+            )
 
 
 def _seed(generator: torch.Generator) -> int:

@@ -13,13 +13,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hessprobe.curvature.forward_mode import NoForwardMode
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import Share
+from hessprobe.problem.swapping import common_dtype
 
 DEFAULT_MEMORY = 2**29
 
@@ -56,17 +59,19 @@ class ModelOperator(CurvatureOperator):
         memory: int = DEFAULT_MEMORY,
         engine: str = "auto",
     ) -> None:
-        own = dict(objective.model.named_parameters())
-        first = own[partition.names[0]] if parameters is None else parameters
+        dtype, device = (
+            _kind(objective, partition) if parameters is None else (parameters.dtype, parameters.device)
+        )
         if parameters is not None and parameters.shape != (partition.size,):
             raise UserError(
                 f"parameters: wanted one vector ({partition.size:,},), got {tuple(parameters.shape)}: "
                 "partition.vector(model) makes one"
             )
-        super().__init__(partition, first.dtype, first.device)
+        super().__init__(partition, dtype, device)
         self.objective = objective
         self.micro_batches = objective.micro_batches(batches)
         self.tokens = objective.tokens(self.micro_batches)
+        self.weight = objective.weight(self.micro_batches)  # what the mean loss divides by
         self.memory = memory
         self._theta = None if parameters is None else partition.unflatten(parameters.detach())
         if engine != "auto" and engine not in self.ENGINES:
@@ -182,13 +187,16 @@ class ModelOperator(CurvatureOperator):
         if v.shape[0] > 1 and not self._batched:
             return torch.cat([self._attempt(row, columns, rows) for row in v.split(1)])
         try:
-            if self.engine != self.ENGINES[0] and not self._trusted:
+            if self.engine == self.ENGINES[0]:
+                self._check_first_engine()
+            elif not self._trusted:
                 self._check_symmetry()
             return self._over_batches(self._product(self.engine, v.shape[0]), v, columns, rows)
         except (RuntimeError, NotImplementedError) as refusal:
             if is_out_of_memory(refusal):
                 raise
-            if v.shape[0] > 1:  # perhaps it is vmap that the model does not take
+            if v.shape[0] > 1 and not isinstance(refusal, NoForwardMode):
+                # perhaps it is vmap that the model does not take
                 self._batched = False
             elif len(self._engines) > 1:
                 self._engines.pop(0)
@@ -198,6 +206,9 @@ class ModelOperator(CurvatureOperator):
                 return self._attempt(v, columns, rows)
             except (RuntimeError, NotImplementedError) as second:
                 raise second from refusal
+
+    def _check_first_engine(self) -> None:
+        """Raises NoForwardMode where the first engine's products would not be of one symmetric matrix."""
 
     def _check_symmetry(self) -> None:
         """Raises where second derivatives are silently missing, once per operator. Cost: 2 products.
@@ -232,3 +243,10 @@ class ModelOperator(CurvatureOperator):
     def _product(self, engine: str, k: int) -> Callable[..., Tensor]:
         """Returns the method that computes one micro-batch's share of k products."""
         raise NotImplementedError
+
+
+def _kind(objective: Objective, partition: Partition) -> tuple[torch.dtype, torch.device]:
+    """Returns the type that a model's parameters have in common, and their device."""
+    own = present(objective.model, partition.shapes)
+    dtype = common_dtype(own.values())
+    return dtype, own[partition.names[0]].device

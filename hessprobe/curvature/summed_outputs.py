@@ -11,12 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from hessprobe.problem.objective import Batch, Objective
 
-# torch's losses, summed, and what makes their Hessians ours: MSELoss sums |z - y|^2, we half of it.
-LOSSES = {"cross_entropy": (nn.CrossEntropyLoss, 1.0), "squared_error": (nn.MSELoss, 0.5)}
+# torch's losses by family, summed, and what makes their Hessians the family's: MSELoss sums |z - y|^2, we half of it.
+LOSSES = {
+    "softmax": (nn.CrossEntropyLoss, 1.0),
+    "squared": (nn.MSELoss, 0.5),
+    "logistic": (nn.BCEWithLogitsLoss, 1.0),
+}
+EMPIRICAL = ("cross_entropy", "squared_error")  # whose gradients at the data's labels are torch's
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -24,7 +30,7 @@ class SummedOutputs(nn.Module):
     """The model as curvlinops takes it: chosen tokens to outputs (n, c), one row a term of the summed loss.
 
     Args:
-        objective: model and loss, one of LOSSES.
+        objective: model and loss, its family one of LOSSES.
         fisher, samples: as in `kronecker_factors`.
     """
 
@@ -39,13 +45,20 @@ class SummedOutputs(nn.Module):
         self.running = True
         z = self.objective.outputs(chosen["batch"])[chosen["tokens"]]
         self.running = False
+        if (
+            self.fisher != "empirical"
+        ):  # the same outputs, their gradients times the root of what weighs the loss
+            targets = self.objective.targets(chosen["batch"])[chosen["tokens"]]
+            root = self.objective.loss_function.hessian_scale(z.detach(), targets).sqrt()
+            if not bool((root == 1).all()):
+                z = z * root + (z * (1 - root)).detach()
         self.forwards += 1
         self.backwards += {"mc": self.samples, "exact": z.shape[1], "empirical": 1}[self.fisher]
         return z
 
     def arguments(self, batches: list[Batch], names: Sequence[str], seed: int) -> dict[str, Any]:
         """Returns the arguments of curvlinops' K-FAC operators for the summed loss of the batches."""
-        loss, _ = LOSSES[self.objective.loss_function.name]
+        loss, _ = LOSSES[str(self.objective.loss_function.family)]
         return {
             "model_func": self,
             "loss_func": loss(reduction="sum"),
@@ -72,11 +85,15 @@ class SummedOutputs(nn.Module):
         if self.fisher == "exact":
             position = valid % self.objective.sequence_shape(batch)[1]
             groups = [valid[position == t] for t in position.unique()]
-        return [({"batch": batch, "tokens": kept}, targets[kept]) for kept in groups if len(kept)]
+        # Only "empirical" reads the labels; curvlinops checks them whatever they are for.
+        y = targets if self.fisher == "empirical" or targets.dim() == 1 else torch.zeros_like(targets)
+        if self.objective.loss_function.family == "softmax" and y.dim() > 1:
+            y = y.new_zeros(len(y), dtype=torch.long)
+        return [({"batch": batch, "tokens": kept}, y[kept]) for kept in groups if len(kept)]
 
     def scale(self, batches: list[Batch]) -> float:
         """Returns what turns curvlinops' sums over tokens into our mean loss's."""
-        return LOSSES[self.objective.loss_function.name][1] / self.objective.tokens(batches)
+        return LOSSES[str(self.objective.loss_function.family)][1] / self.objective.weight(batches)
 
     def cost(self, names: Sequence[str]) -> float:
         """Returns the gradient-equivalents of the passes so far and of their sums of outer products."""

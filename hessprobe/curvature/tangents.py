@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from hessprobe.curvature.forward_mode import check_forward_mode, forward_tangents
 from hessprobe.problem.measuring import with_parameters
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
@@ -20,11 +20,13 @@ def dual_outputs(
     tangents: Mapping[str, Tensor],
     moved: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
-    """Returns outputs z (n, c) and J v (n, c) for v on the parameters `moved`, without any graph."""
-    with torch.no_grad(), forward_ad.dual_level():
-        duals = {n: forward_ad.make_dual(x, tangents[n]) if n in moved else x for n, x in theta.items()}
-        z, jv = forward_ad.unpack_dual(objective.outputs(batch, duals))
-        return z, torch.zeros_like(z) if jv is None else jv
+    """Returns outputs z (n, c) and J v (n, c) for v on the parameters `moved`, without any graph.
+
+    Raises:
+        NoForwardMode: the model's forward mode is not to be believed.
+    """
+    check_forward_mode(objective, batch, theta)
+    return forward_tangents(objective, batch, theta, tangents, tuple(moved))
 
 
 def linearised(

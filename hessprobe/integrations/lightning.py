@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 from pathlib import Path
 from typing import Any
 
 from hessprobe.errors import UserError
+from hessprobe.integrations.hosting import LOGGER, Hosted
 from hessprobe.training.any_loop.recorder import Recorder
 
 try:
@@ -25,20 +27,30 @@ SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 class ProbeCallback(Callback):
     """Records probes while Lightning trains: `Trainer(..., callbacks=[ProbeCallback("runs/mine", every=50)])`.
 
-    Training ends in the same weights, bit for bit, as without. A step is a batch on which an optimizer moved, the first
-    one 0, so accumulated micro-batches are one step, measured on all of them, and so are several optimizers' moves. The
-    number of steps travels with Lightning's checkpoints, so a resumed fit goes on in the same folder. Under a strategy of
-    several processes (ddp) they measure together, each its share of all batches of the step; the first alone writes.
+    Training ends in the same weights, bit for bit, as without, and nothing that goes wrong in measuring ends it: it is
+    logged (logger "hessprobe"), and training goes on. A second `fit` goes on in the same folder where the trainer's steps
+    go on, and in a folder beside it (runs/mine-2) where they start again.
+
+    A step is a batch on which an optimizer moved, the first one 0, so accumulated micro-batches are one step, measured on
+    all of them, and so are several optimizers' moves. The number of steps travels with Lightning's checkpoints, so a
+    resumed fit goes on in the same folder. Under a strategy of several processes (ddp) they measure together, each its
+    share of all batches of the step; the first alone writes.
 
     Args:
-        folder: of the run.
+        folder: of the run, from the working directory of now.
         probes, every, partition, sequences, seed: as of `hessprobe.Recorder`.
         objective: module -> hessprobe.Objective. The default takes the LightningModule as a model of (inputs, targets)
             or of mappings with "labels", whose `forward` returns the outputs, with cross-entropy on them. For a module
             with another forward or loss: `lambda module: hp.Objective(module.net, loss="squared_error")`.
+        forward, targets, loss, ignore_index, batch_first, auxiliary: the same in single arguments, as of
+            `hessprobe.Recorder`; without an objective.
+
+    Attributes:
+        recorder: the training's `hessprobe.Recorder`, None where nothing is recorded.
 
     Raises:
-        UserError: when training starts: sharded parameters, and what `hessprobe.Recorder` raises.
+        UserError: an unknown probe, option, partition or schedule; an objective and arguments beside it. What only
+            training shows is logged instead: sharded parameters, and what else `hessprobe.Recorder` raises.
     """
 
     def __init__(
@@ -51,72 +63,89 @@ class ProbeCallback(Callback):
         sequences: int | None = None,
         seed: int = 0,
         objective: Callable[[Any], Any] | None = None,
+        forward: Callable[..., Any] | None = None,
+        targets: Callable[..., Any] | None = None,
+        loss: Any = None,
+        ignore_index: int | None = None,
+        batch_first: bool | None = None,
+        auxiliary: Any = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.settings = {"probes": probes, "every": every, "partition": partition, "sequences": sequences}
+        self._hosted = Hosted(
+            folder,
+            {"probes": probes, "every": every, "partition": partition, "sequences": sequences},
+            objective,
+            {
+                "forward": forward, "targets": targets, "loss": loss, "ignore_index": ignore_index,
+                "batch_first": batch_first, "auxiliary": auxiliary,
+            },
+        )  # fmt: skip
+        self.folder, self._given = self._hosted.folder, folder
         self.seed = seed
-        self.objective = objective
-        self.recorder: Recorder | None = None
         self.step = 0
         self._micro_batches: list[Any] = []
         self._moves = 0
+        self._loaded = False
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """The training's recorder, None where nothing is recorded."""
+        return self._hosted.recorder
 
     @property
     def state_key(self) -> str:
         """Where Lightning's checkpoints keep this callback's count of steps: one place a folder."""
-        return f"hessprobe.ProbeCallback[{self.folder}]"
+        return f"hessprobe.ProbeCallback[{self._given}]"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of steps made, for a checkpoint."""
         return {"step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
-        self.step = state_dict["step"]
+        """Puts back what `state_dict` gave; of anything else steps count from 0, which is said."""
+        try:
+            step = index(state_dict["step"])
+        except Exception:  # whatever a checkpoint holds, training must go on
+            LOGGER.warning("ProbeCallback: the checkpoint's own state does not say its step; counting from 0")
+            step = 0
+        self.step, self._loaded = max(step, 0), True
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Opens the log, or goes on with it where training is resumed."""
-        self._moves, self._micro_batches = trainer.global_step, []
-        strategy = type(trainer.strategy).__name__
-        if strategy in SHARDED:
-            raise UserError(
-                f"ProbeCallback cannot read parameters that {strategy} has sharded: train with DistributedDataParallel, "
-                "or measure a checkpoint"
-            )
-        self._close()
-        self.recorder = Recorder(
-            self.folder,
-            pl_module if self.objective is None else self.objective(pl_module),
-            optimizer=trainer.optimizers,
-            first_step=self.step,
-            resume=self.step > 0,
-            seed=self.seed,
-            **self.settings,
-        )
+        with self._hosted.going_on():
+            moves, self._micro_batches = trainer.global_step, []
+            if moves < self._moves and not self._loaded:
+                self.step = 0  # another trainer, whose steps start again
+            self._moves, self._loaded = moves, False
+            strategy = type(trainer.strategy).__name__
+            if strategy in SHARDED:
+                raise UserError(
+                    f"ProbeCallback cannot read parameters that {strategy} has sharded: train with "
+                    "DistributedDataParallel, or measure a checkpoint"
+                )
+            self._hosted.begin(pl_module, first_step=self.step, optimizer=trainer.optimizers, seed=self.seed)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measures what is due where an optimizer moved; until then a due step's micro-batches are gathered."""
-        if self.recorder is not None and self.recorder.due(self.step):
-            self._micro_batches.append(batch)
-        if trainer.global_step == self._moves:
-            return
-        self._moves = trainer.global_step
-        if self.recorder is not None:
-            self.recorder(self.step, self._micro_batches)
-        self._micro_batches = []
-        self.step += 1
+        moved = False
+        with self._hosted.going_on():
+            if self.recorder is not None and self.recorder.due(self.step):
+                self._micro_batches.append(batch)
+            moved = trainer.global_step != self._moves
+            self._moves = trainer.global_step
+            if moved and self.recorder is not None:
+                self.recorder(self.step, self._micro_batches)
+        if moved:
+            self._micro_batches = []
+            self.step += 1
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Ends the recording."""
-        self._close()
+        with self._hosted.going_on():
+            self._hosted.end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Ends the recording of a training that broke off; what was recorded stays."""
-        self._close()
-
-    def _close(self) -> None:
-        if self.recorder is not None:
-            self.recorder.close()
-        self.recorder = None
+        with self._hosted.going_on():
+            self._hosted.end()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hessprobe.errors import UserError
+from hessprobe.integrations.hosting import Hosted
 from hessprobe.training.any_loop.recorder import Recorder
 
 try:
@@ -30,23 +31,32 @@ except ModuleNotFoundError as missing:
 class ProbeCallback(TrainerCallback):
     """Records probes while a Trainer trains: `Trainer(..., callbacks=[ProbeCallback("runs/mine", every=50)])`.
 
-    Training ends in the same weights, bit for bit, as without. Causal and masked language models and classifiers are
-    understood as they come (labels of -100 carry no loss); the loss is cross-entropy on the labels, whatever else a
-    Trainer may add to it (label smoothing, a balancing loss). Under torchrun every process has the callback, as it has the
-    Trainer: they measure together, and the first alone writes.
+    Training ends in the same weights, bit for bit, as without, and nothing that goes wrong in measuring ends it: it is
+    logged (logger "hessprobe"), and training goes on. Where steps start again, in a second `train()` or a retry with a
+    smaller batch, the rows go into a folder beside the first (runs/mine-2).
+
+    Causal and masked language models and classifiers are understood as they come (labels of -100 carry no loss); the loss
+    is cross-entropy on the labels, whatever else a Trainer may add to it (label smoothing, a balancing loss). Under
+    torchrun every process has the callback, as it has the Trainer: they measure together, and the first alone writes.
 
     Args:
-        folder: of the run; a training resumed from a checkpoint goes on in it.
+        folder: of the run, from the working directory of now; a training resumed from a checkpoint goes on in it.
         probes, every, partition, sequences, seed: as of `hessprobe.Recorder`; a step is an optimizer step, the first
             one 0. The seed defaults to the Trainer's.
         objective: model -> hessprobe.Objective, where the default does not fit: another loss, outputs elsewhere.
+        forward, targets, loss, ignore_index, batch_first, auxiliary: the same in single arguments, as of
+            `hessprobe.Recorder`; without an objective.
         batches: step -> batch or list of micro-batches to measure on, where the training set cannot be drawn from (a
             stream) or something else is wanted. It must not move the data that training reads. Of several processes each
             returns its own part.
 
+    Attributes:
+        recorder: the training's `hessprobe.Recorder`, None where nothing is recorded.
+
     Raises:
-        UserError: when training starts: sharded parameters (FSDP, DeepSpeed), a training set that is a stream without
-            `batches`, and what `hessprobe.Recorder` raises.
+        UserError: an unknown probe, option, partition or schedule; an objective and arguments beside it. What only
+            training shows is logged instead: sharded parameters (FSDP, DeepSpeed), a training set that is a stream
+            without `batches`, and what else `hessprobe.Recorder` raises.
     """
 
     def __init__(
@@ -60,63 +70,69 @@ class ProbeCallback(TrainerCallback):
         seed: int | None = None,
         objective: Callable[[Any], Any] | None = None,
         batches: Callable[[int], Any] | None = None,
+        forward: Callable[..., Any] | None = None,
+        targets: Callable[..., Any] | None = None,
+        loss: Any = None,
+        ignore_index: int | None = None,
+        batch_first: bool | None = None,
+        auxiliary: Any = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.settings = {"probes": probes, "every": every, "partition": partition, "sequences": sequences}
+        self._hosted = Hosted(
+            folder,
+            {"probes": probes, "every": every, "partition": partition, "sequences": sequences},
+            objective,
+            {
+                "forward": forward, "targets": targets, "loss": loss, "ignore_index": ignore_index,
+                "batch_first": batch_first, "auxiliary": auxiliary,
+            },
+        )  # fmt: skip
+        self.folder = self._hosted.folder
         self.seed = seed
-        self.objective = objective
         self.batches = batches
-        self.recorder: Recorder | None = None
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """The training's recorder, None where nothing is recorded."""
+        return self._hosted.recorder
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens the log, or goes on with it where training is resumed."""
-        if args.deepspeed or args.fsdp:
-            raise UserError(
-                "ProbeCallback cannot read parameters that DeepSpeed or FSDP have sharded: train with "
-                "DistributedDataParallel, or measure a checkpoint"
+        with self._hosted.going_on():
+            if args.deepspeed or args.fsdp:
+                raise UserError(
+                    "ProbeCallback cannot read parameters that DeepSpeed or FSDP have sharded: train with "
+                    "DistributedDataParallel, or measure a checkpoint"
+                )
+            loader, seed = kwargs.get("train_dataloader"), args.seed if self.seed is None else self.seed
+            if self.batches is None:
+                _check_drawable(loader)  # before there is a folder
+            recorder = self._hosted.begin(
+                kwargs["model"],
+                first_step=state.global_step,
+                optimizer=kwargs.get("optimizer"),
+                steps=state.max_steps if state.max_steps > 0 else None,
+                seed=seed,
             )
-        model, seed = kwargs["model"], args.seed if self.seed is None else self.seed
-        if self.recorder is not None:
-            self.recorder.close()
-        self.recorder = Recorder(
-            self.folder,
-            model if self.objective is None else self.objective(model),
-            optimizer=kwargs.get("optimizer"),
-            steps=state.max_steps if state.max_steps > 0 else None,
-            first_step=state.global_step,
-            resume=state.global_step > 0,
-            seed=seed,
-            **self.settings,
-        )
-        try:
-            self._draw = self.batches or _TrainingSet(kwargs["train_dataloader"], self.recorder, seed)
-        except UserError:
-            self.recorder.close()
-            raise
+            self._draw = self.batches or _TrainingSet(loader, recorder, seed)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measures what is due after an optimizer step."""
-        if self.recorder is not None:
-            step = state.global_step - 1
-            self.recorder(step, lambda: self._draw(step))
+        with self._hosted.going_on():
+            if self.recorder is not None:
+                step = state.global_step - 1
+                self.recorder(step, lambda: self._draw(step))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ends the recording."""
-        if self.recorder is not None:
-            self.recorder.close()
+        with self._hosted.going_on():
+            self._hosted.end()
 
 
 class _TrainingSet:
     """Draws micro-batches from a DataLoader's own set, as large as the loader's, by (seed, step) alone."""
 
     def __init__(self, loader: Any, recorder: Recorder, seed: int) -> None:
-        dataset: Any = getattr(loader, "dataset", None)
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise UserError(
-                f"the training set is a stream ({type(dataset).__name__}), and reading from it would take examples away "
-                "from training: pass batches=, a function step -> batch to measure on"
-            )
-        self.dataset, self.seed = dataset, seed
+        self.dataset, self.seed = loader.dataset, seed
         # A collator that draws (masks) may hold a generator of its own, which must not move on.
         self.collate = copy.deepcopy(loader.collate_fn)
         self.sequences = max(recorder.sequences, 1)
@@ -133,3 +149,13 @@ class _TrainingSet:
             self.collate([self.dataset[i] for i in own[start : start + self.size]])
             for start in range(0, len(own), self.size)
         ]
+
+
+def _check_drawable(loader: Any) -> None:
+    """Raises a UserError where examples cannot be taken from the training set without taking them from training."""
+    dataset: Any = getattr(loader, "dataset", None)
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserError(
+            f"the training set is a stream ({type(dataset).__name__}), and reading from it would take examples away "
+            "from training: pass batches=, a function step -> batch to measure on"
+        )

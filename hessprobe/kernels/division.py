@@ -17,7 +17,6 @@ from hessprobe.kernels.plan import NotOneCall, Plan, without
 from hessprobe.kernels.sequence_gradients import outputs_of, watched
 from hessprobe.kernels.sketches import Draws
 from hessprobe.kernels.stream import Stream
-from hessprobe.problem.batches import cut
 from hessprobe.problem.measuring import with_parameters
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
@@ -106,7 +105,7 @@ def gathered(
             largest = max(shares, key=lambda own: own.stop - own.start).batch
             own = sharded or _can_be_cut(objective, largest, partition, theta, autocast)
             cuttable.append(processes.all_say(own))
-        parts = _parts(shares, division if cuttable and cuttable[0] else 1, everyone)
+        parts = _parts(objective, shares, division if cuttable and cuttable[0] else 1, everyone)
 
         losses: dict[tuple[int, int, int], Tensor] = {}
 
@@ -202,7 +201,9 @@ def _refused(error: BaseException, plan: Plan) -> set[int]:
     return (error.detail or set()) if isinstance(error, PeerFailed) else set()
 
 
-def _parts(shares: Sequence[Share], division: int, everyone: Sequence[Sequence[int]]) -> list[Part]:
+def _parts(
+    objective: Objective, shares: Sequence[Share], division: int, everyone: Sequence[Sequence[int]]
+) -> list[Part]:
     """Returns a process's micro-batches, each cut into parts of at most 1 / division of the largest one's sequences.
 
     Args:
@@ -215,7 +216,7 @@ def _parts(shares: Sequence[Share], division: int, everyone: Sequence[Sequence[i
         pieces = min(math.ceil(max(counts) / most), min(counts))
         for i in range(pieces):
             start, stop = count * i // pieces, count * (i + 1) // pieces
-            part = own.batch if pieces == 1 else cut(own.batch, start, stop, count)
+            part = own.batch if pieces == 1 else objective.cut(own.batch, start, stop)
             parts.append(Part(batch=part, number=own.number, start=own.start + start, stop=own.start + stop))
     return parts
 
@@ -256,12 +257,14 @@ def _can_be_cut(
         with torch.no_grad():
             return with_parameters(objective.model, leaves, lambda: outputs_of(objective, part, autocast))
 
-    with watched(objective.model):
+    with watched(objective.model, autocast):
         while count > 1:
             half = count // 2
             try:
                 whole = outputs(batch)
-                halves = torch.cat([outputs(cut(batch, *ends, count)) for ends in ((0, half), (half, count))])
+                halves = torch.cat(
+                    [outputs(objective.cut(batch, *ends)) for ends in ((0, half), (half, count))]
+                )
             except (RuntimeError, MemoryError, UserError, ValueError, IndexError) as error:
                 if not is_out_of_memory(error):
                     return False
@@ -269,5 +272,5 @@ def _can_be_cut(
                 allowed = torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
                 return halves.shape == whole.shape and bool((halves - whole).abs().max() <= allowed)
             # Not even without a graph: half of the sequences tell the same.
-            batch, count = cut(batch, 0, half, count), half
+            batch, count = objective.cut(batch, 0, half), half
     return True

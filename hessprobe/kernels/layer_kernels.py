@@ -36,7 +36,7 @@ class LayerKernels:
         blocks: the l blocks' names.
         kernel: (l, m, m) float64, on the CPU.
         sequence, round: (m,) which sequence and which round a sketch belongs to.
-        tokens: (b,) tokens with a target in each sequence; sequences weigh by them.
+        tokens: (b,) tokens with a target in each sequence, or what the loss weighs them by; sequences weigh by them.
         alignment: for each vector given, <w^m_i, vector_i> (l, m).
         norm2: for each vector given, ||vector_i||^2 (l,).
         routes: the way each parameter was measured, by name.
@@ -72,7 +72,8 @@ class LayerKernels:
                 different sequences, its error over sequences; "batch" that of this batch's own G, its error over rounds.
 
         Raises:
-            UserError: one sequence only (population), or one round only (batch): the pairs needed do not exist.
+            UserError: one or two sequences (population), or one round only (batch): the pairs needed do not exist. The
+                batch quantity of one sequence is made of its rounds' pairs; its error needs 3 rounds and is NaN with 2.
         """
         whole, left_out = self._norms(quantity)
         # Unbiased as it stands: nothing to correct.
@@ -232,7 +233,7 @@ def layer_kernels(
     """Returns the layer kernels of a batch: every pair of blocks from `rounds` backward passes.
 
     Args:
-        objective: model and loss (cross-entropy or squared error).
+        objective: model and loss, one with a known root of its Hessian (cross-entropy, squared error, binary cross-entropy).
         batches: one batch or micro-batches; the targets' first dimension counts the sequences.
         partition: the blocks; the cost does not depend on how many there are.
         rounds: independent sketches per sequence; one forward pass serves all.
@@ -297,7 +298,7 @@ def layer_kernels(
             for name, v in (along or {}).items()
         },
         routes=found.plan.routes,
-        loss=found.loss / int(sum(own.sum() for own in tokens)),
+        loss=found.loss / float(sum(own.double().sum() for own in tokens)),
         cotangent=cotangent,
         gradients=found.gradients,
         division=found.division,

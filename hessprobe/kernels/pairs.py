@@ -22,7 +22,8 @@ def pair_norms(
 
     What is random is what is left out: sequences for the population (one stratum), the rounds of each sequence
     for the batch (a stratum a sequence). With 2 rounds, leaving one out leaves no pair of a sequence with itself: such
-    pairs are taken to change in proportion to those with other sequences, block by block.
+    pairs are taken to change in proportion to those with other sequences, block by block. One sequence has no others: its
+    only pair of 2 rounds is an estimate, and NaN is what is known of its error.
 
     Args:
         kernel: (l, m, m).
@@ -32,10 +33,10 @@ def pair_norms(
     if quantity not in QUANTITIES:
         raise unknown_name("quantity", quantity, QUANTITIES)
     count, rounds = len(tokens), int(of_round.max()) + 1
-    if count < 2:
+    if quantity == "population" and count < 2:
         raise UserError(
-            f"{count} sequence: the population quantity and every standard error need at least 2; "
-            "measure with a batch of more sequences"
+            f"{count} sequence: the population quantity needs pairs of different sequences, so at least 2; "
+            "measure with a batch of more sequences, or take quantity='batch' with 3 rounds or more"
         )
     if quantity == "batch" and rounds < 2:
         raise UserError(
@@ -70,6 +71,8 @@ def pair_norms(
     if rounds > 2:
         own = within.sum(1, keepdim=True)
         left_out += (own - 2 * within) * (rounds / (rounds - 2)) - own
+    elif count == 1:
+        left_out = torch.full_like(left_out, torch.nan)
     else:
         # A sketch that is large in a pair with others is so in its own. Sums of squares, so neither is negative.
         others = across.sum((0, 1)).diagonal()
@@ -87,11 +90,14 @@ def sketch_weights(tokens: Tensor, sequence: Tensor) -> Tensor:
 def jackknife(whole: Tensor, left_out: Tensor) -> Estimate:
     """Returns value less its bias of order 1/units, and standard error, from leave-one-out values (strata, units, ...).
 
-    Strata are independent, so their corrections and variances add.
+    Strata are independent, so their corrections and variances add. Where nothing is known without a unit (all NaN), the
+    value stands as it is, and its error is NaN.
     """
     units = left_out.shape[1]
     mean = left_out.mean(1, keepdim=True)
     bias = (units - 1) * (mean[:, 0] - whole).sum(0)
+    if left_out.isnan().all():
+        bias = torch.zeros_like(whole)
     variance = (left_out - mean).square().sum((0, 1)) * (units - 1) / units
     samples = left_out.shape[0] * units
     return Estimate(mean=whole - bias, stderr=variance.sqrt(), samples=samples)

@@ -60,7 +60,8 @@ def forward_and_backward(
 
     def tapped(tap: Tap) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            goes_on = inputs[0].requires_grad  # the graph, below this module
+            # The graph, below this module; under no_grad it ends here, and so do gradients: they are zero.
+            goes_on = inputs[0].requires_grad and output.requires_grad
             if recomputing:  # a checkpointed part, in backward: the same graph again, and nothing to note
                 return None if goes_on else output.detach().requires_grad_().clone()
             if id(tap) in seen or [x.shape[:1] for x in (*inputs, output)] != 2 * [(count,)]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.plan import MASKED
-from hessprobe.problem.batches import cut
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
@@ -55,9 +54,12 @@ def within(entries: int, stretches: Sequence[Stretch], *, least: int) -> tuple[l
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[None]:
+def watched(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
     """Measures, and eagerly: a compiled block would not see the hooks."""
-    with measuring(model, forward_mode=False), torch.compiler.set_stance("force_eager"):
+    with (
+        measuring(model, forward_mode=False, autocast=autocast is not None),
+        torch.compiler.set_stance("force_eager"),
+    ):
         yield
 
 
@@ -105,7 +107,7 @@ def sequence_gradients(
     def passes() -> None:
         whole = outputs_of(objective, batch, autocast) if how == MASKED else None
         for b in range(count) if among is None else among:
-            part = outputs_of(objective, cut(batch, b, b + 1, count), autocast) if whole is None else whole
+            part = outputs_of(objective, objective.cut(batch, b, b + 1), autocast) if whole is None else whole
             for r, cotangent in enumerate(cotangents):
                 own = cotangent.view(count, -1, cotangent.shape[-1])
                 if whole is None:

@@ -2,7 +2,9 @@
 
 For labels drawn from the model, y^ ~ softmax(z), the gradient c = softmax(z) - onehot(y^) has mean zero and covariance
 diag(p) - p p^T = d2 loss / dz2. Signs give the same covariance: c = sqrt(p) e - p (sqrt(p) . e), e = +-1. So does e
-itself for squared error. "empirical" takes the data's own labels instead: the empirical Fisher, NOT Gauss-Newton.
+itself for squared error; and p - y^, y^ = 0 or 1, or sqrt(p (1 - p)) e, for each output of binary cross-entropy. What
+weighs the loss (classes, smoothing) multiplies c by its root. "empirical" takes the data's own labels instead: the
+empirical Fisher, NOT Gauss-Newton.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def draw_cotangent(
     """Returns one cotangent (n, c) per token: independent, mean zero, covariance d2 loss / dz2 at each valid token.
 
     Args:
-        kind: "sampled" (labels from the model; Gaussian noise for squared error), "sign", or "empirical".
+        kind: "sampled" (labels from the model; Gaussian noise for squared errors), "sign", or "empirical".
         outputs: z (n, c), detached.
         generator: where the draws come from, on its own device, so that a seed means the same everywhere.
 
@@ -43,7 +45,7 @@ class Draws:
 
     Args:
         kind, loss: as for `draw_cotangent`.
-        tokens: for each micro-batch, the tokens with a target of each of its sequences (b,).
+        tokens: for each micro-batch, the tokens with a target of each of its sequences (b,), or their weight in the loss.
         positions: for each micro-batch, the positions of a sequence.
         rounds: of every micro-batch.
         generator: after `finish`, left where all that was drawn ends.
@@ -76,7 +78,10 @@ class Draws:
         if noise is not None:
             noise = noise.view(len(tokens), self.positions[number], -1)[sequences].flatten(0, 1)
         drawn = _cotangent(self.kind, self.loss, outputs, targets, noise)
-        scale = tokens[sequences].clamp_min(1).sqrt()[:, None, None]
+        own = tokens[sequences]
+        # At least the cotangents' own precision: the square root of an integer tensor is float32.
+        precision = torch.promote_types(drawn.dtype, torch.float32)
+        scale = torch.where(own > 0, own, 1).double().sqrt().to(precision)[:, None, None]
         return (drawn.view(len(scale), self.positions[number], -1) / scale).view_as(drawn)
 
     def finish(self) -> None:
@@ -105,36 +110,42 @@ def _draw_noise(kind: str, loss: Loss, shape: tuple[int, int], generator: torch.
         raise unknown_name("cotangent", kind, COTANGENTS)
     if kind == "empirical":
         return None
-    if loss.name not in ("cross_entropy", "squared_error"):
+    if loss.family is None:
         raise UserError(
-            f"layer kernels need a loss whose Hessian's root is known (cross_entropy, squared_error), got {loss.name}: "
-            "use block_norms(GaussNewton(...)), the reference estimator, which takes any convex loss"
+            "layer kernels need a loss whose Hessian's root is known (cross_entropy, squared_error, mean_squared_error, "
+            f"binary_cross_entropy, or torch's losses of these names), got {loss.name}: measure by products, which take "
+            'any convex loss: probes={"cross_layer": {"method": "products"}} of a Recorder, '
+            "--set cross_layer.method=products on the command line, block_norms(GaussNewton(...)) in Python"
         )
     device = generator.device
     if kind == "sign":
         return torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8)
-    if loss.name == "squared_error":
+    if loss.family == "squared":
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
-    return torch.rand(shape[0], 1, generator=generator, device=device, dtype=torch.float64)
+    labels = shape if loss.family == "logistic" else (shape[0], 1)
+    return torch.rand(labels, generator=generator, device=device, dtype=torch.float64)
 
 
 def _cotangent(kind: str, loss: Loss, outputs: Tensor, targets: Tensor, noise: Tensor | None) -> Tensor:
     """Returns the cotangent (n, c) that this noise stands for."""
-    valid = loss.valid(targets)[:, None]
     if noise is None:
-        return loss.gradient(outputs, targets) * valid
+        return loss.gradient(outputs, targets) * loss.valid(targets)[:, None]
+    root = loss.hessian_scale(outputs, targets).sqrt()
     if kind == "sign":
         noise = noise.to(outputs.device).to(outputs.dtype) * 2 - 1
     noise = noise.to(outputs.device, outputs.dtype)
-    if loss.name == "squared_error":
-        return noise * valid
+    if loss.family == "squared":
+        return noise * root
+    if loss.family == "logistic":
+        p = outputs.sigmoid()
+        return (noise * (p * (-outputs).sigmoid()).sqrt() if kind == "sign" else p - (noise < p).to(p)) * root
     p = outputs.softmax(-1)
     if kind == "sign":
         signed_root = p.sqrt() * noise
         # Its covariance is diag(p) - p p^T, since the entries of p sum to 1.
-        return (signed_root - p * signed_root.sum(-1, keepdim=True)) * valid
+        return (signed_root - p * signed_root.sum(-1, keepdim=True)) * root
     cumulative = p.cumsum(-1)
     # Inverse distribution function; scaled by the last entry, which rounding keeps from being exactly 1.
     levels = noise * cumulative[:, -1:]
     labels = torch.searchsorted(cumulative, levels).clamp_max_(outputs.shape[1] - 1)
-    return p.scatter_add(1, labels, p.new_full((1, 1), -1.0).expand_as(labels)) * valid
+    return p.scatter_add(1, labels, p.new_full((1, 1), -1.0).expand_as(labels)) * root

@@ -99,7 +99,7 @@ class Stream:
         self.least = -(-max([sizes[name] for name in self.plan.fallback], default=0) // self.sketches)
         taps = list(self.plan.taps)
         rest = [Stretch(name=name, start=0, stop=sizes[name]) for name in self.plan.fallback]
-        with watched(self.objective.model):
+        with watched(self.objective.model, self.autocast):
             while taps or rest:
                 taps, rest = self._sweep(taps, rest)
         self.grams.total()

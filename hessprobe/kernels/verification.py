@@ -15,7 +15,7 @@ from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, NotOneCall, Plan, first_plan, without
 from hessprobe.kernels.sequence_gradients import sequence_gradients, watched
 from hessprobe.kernels.stream import Cotangents, Stream
-from hessprobe.problem.batches import cut
+from hessprobe.problem.batches import tensors_of
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
@@ -47,7 +47,7 @@ def verified_plan(
         objective.processes,
         objective.alone,
     )  # the proof is little work: everyone makes it whole
-    batch = max(objective.micro_batches(batches), key=lambda b: int(tokens_of(objective, b).max()))
+    batch = max(objective.micro_batches(batches), key=lambda b: float(tokens_of(objective, b).max()))
     count, _ = objective.sequence_shape(batch)
     chosen = int(tokens_of(objective, batch).argmax())
     theta = _shaken(objective, partition, parameters)
@@ -55,14 +55,14 @@ def verified_plan(
     def attempt(division: int) -> Plan:
         size = max(min(2, count), count // division)
         start = min(chosen, count - size)
-        part = batch if size == count else cut(batch, start, start + size, count)
+        part = batch if size == count else objective.cut(batch, start, start + size)
         return _verified(objective, part, partition, theta, chosen - start)
 
     refusal = (
         f"out of memory while the ways to {partition.size:,} parameters' gradients were tried on 2 sequences: measure "
         "with a shorter context, or free memory on the model's device"
     )
-    most = count // 2 if isinstance(batch, (Mapping, tuple, list)) else 1  # only these can be cut
+    most = count // 2 if next(tensors_of(batch), None) is not None else 1  # else it cannot be cut
     with processes.together():
         return _agreed(within_memory(attempt, max(1, most), refusal), processes)
 
@@ -82,9 +82,9 @@ def _agreed(plan: Plan, processes: Processes) -> Plan:
 
 
 def tokens_of(objective: Objective, batch: Batch) -> Tensor:
-    """Returns the tokens with a target of each sequence (b,)."""
-    valid = objective.loss_function.valid(objective.targets(batch))
-    return valid.view(objective.sequence_shape(batch)).sum(1)
+    """Returns the tokens with a target of each sequence (b,), or what the loss weighs them by, where it weighs them."""
+    weights = objective.loss_function.weights(objective.targets(batch))
+    return weights.view(objective.sequence_shape(batch)).sum(1)
 
 
 def _verified(

@@ -80,14 +80,14 @@ class LocalModels:
             UserError: an unknown model of the loss, a minibatch without a target, or a network that no engine can
                 differentiate.
         """
-        pieces, tokens = self.objective.own_pieces(batch), self.objective.tokens(batch)
+        pieces, weight = self.objective.own_pieces(batch), self.objective.weight(batch)
         # Nothing in it waits for another process: which engine is tried is each one's own business.
-        own = self._by_an_engine(pieces, tokens, theta, delta)
+        own = self._by_an_engine(pieces, weight, theta, delta)
         whole = self._total(own) if self.objective.processes.count > 1 else own
         return [damped(one, delta, self.damping) for one in whole]
 
     def _by_an_engine(
-        self, pieces: Sequence[Batch], tokens: int, theta: Tensors, delta: Tensors
+        self, pieces: Sequence[Batch], weight: float, theta: Tensors, delta: Tensors
     ) -> list[LocalGradient]:
         """Returns the pieces' share of every group's model, by the first engine that the network takes."""
         refusals: list[Exception] = []
@@ -95,11 +95,11 @@ class LocalModels:
             one = self._by_forward_mode if engine == "forward-mode" else self._by_linearisation
             try:
                 if len(pieces) == 1:
-                    found = one(pieces[0], tokens, theta, delta)
+                    found = one(pieces[0], weight, theta, delta)
                 else:
                     found = [_nothing(theta, names) for names in self.groups]
                     for piece in pieces:
-                        found = list(map(added, found, one(piece, tokens, theta, delta)))
+                        found = list(map(added, found, one(piece, weight, theta, delta)))
             except (RuntimeError, NotImplementedError, UserError) as refusal:
                 refusals.append(refusal)
             else:
@@ -108,25 +108,25 @@ class LocalModels:
         raise next((e for e in refusals if isinstance(e, UserError)), refusals[0])
 
     def _by_forward_mode(
-        self, batch: Batch, tokens: int, theta: Tensors, delta: Tensors
+        self, batch: Batch, weight: float, theta: Tensors, delta: Tensors
     ) -> list[LocalGradient]:
         return [
-            local_gradient(self.objective, batch, theta, delta, names, model=self.model, tokens=tokens)
+            local_gradient(self.objective, batch, theta, delta, names, model=self.model, weight=weight)
             for names in self.groups
         ]
 
     def _by_linearisation(
-        self, batch: Batch, tokens: int, theta: Tensors, delta: Tensors
+        self, batch: Batch, weight: float, theta: Tensors, delta: Tensors
     ) -> list[LocalGradient]:
         """Costs 1 gradient, and for each group 2/3 of the layers from its first one upward."""
         try:
-            return self._linearised(batch, tokens, theta, delta)
+            return self._linearised(batch, weight, theta, delta)
         except (RuntimeError, NotImplementedError) as refusal:
             if is_out_of_memory(refusal) or self._usual_layers:
                 raise
             self._usual_layers = True
         try:
-            return self._linearised(batch, tokens, theta, delta)
+            return self._linearised(batch, weight, theta, delta)
         except NotLinearisable as refusal:
             raise UserError(
                 f"{type(self.objective.model).__name__} has no second derivatives where Gauss-Newton needs them "
@@ -134,7 +134,7 @@ class LocalModels:
                 "differentiated. Train with the plain implementation of that layer"
             ) from refusal
 
-    def _linearised(self, batch: Batch, tokens: int, theta: Tensors, delta: Tensors) -> list[LocalGradient]:
+    def _linearised(self, batch: Batch, weight: float, theta: Tensors, delta: Tensors) -> list[LocalGradient]:
         objective, found = self.objective, []
         leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
         with measuring(objective.model):
@@ -146,8 +146,8 @@ class LocalModels:
             model_at = expansion(objective.loss_function, z_and_j.outputs, targets, self.model)
             for names in self.groups:
                 value, cotangent = model_at(z_and_j.tangent(delta, names))
-                gradient = z_and_j.pull_back(cotangent / tokens, names)
-                found.append(LocalGradient(value=float(value) / tokens, gradient=gradient))
+                gradient = z_and_j.pull_back(cotangent / weight, names)
+                found.append(LocalGradient(value=float(value) / weight, gradient=gradient))
         return found
 
     def _total(self, own: Sequence[LocalGradient]) -> list[LocalGradient]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError, unknown_name
-from hessprobe.problem.layer_names import layer_of
-from hessprobe.problem.partition import unwrapped
+from hessprobe.problem.partition import inner_parameters, unwrapped
 
 if TYPE_CHECKING:  # pytorch_optimizer takes as long to import as torch: only who asks for it pays
     from pytorch_optimizer import ScalableShampoo, SophiaH
@@ -27,17 +26,13 @@ LARGEST = (
 )
 SOPHIA_SCALE = 0.05  # gamma of Liu et al. 2023 for the sampled-label estimate (Sophia-G)
 SHAMPOO_MOMENTUM = 0.95
-_OUTER_LAYERS = {"embedding", "head"}
 _NEVER = 2**62
 
 
 def hidden_matrices(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of the 2-D parameters that belong neither to the embedding nor to the head."""
-    return tuple(
-        name
-        for name, p in unwrapped(model).named_parameters()
-        if p.requires_grad and p.dim() == 2 and layer_of(name) not in _OUTER_LAYERS
-    )
+    named = dict(unwrapped(model).named_parameters())
+    return tuple(name for name in inner_parameters(model) if named[name].dim() == 2)
 
 
 def norm_and_scale(gradients: Mapping[str, Tensor], clip: float | None) -> tuple[float, float]:

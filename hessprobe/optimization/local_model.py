@@ -57,14 +57,14 @@ def local_gradient(
     names: Names,
     *,
     model: str,
-    tokens: int,
+    weight: float,
 ) -> LocalGradient:
     """Returns a batch's share of one group's model and its gradient, by one dual-number and one reverse pass.
 
     Args:
         theta, delta: see LocalModels.gradients.
         names: the group's parameters. No tangent is computed below them and no gradient outside.
-        tokens: those of the minibatch that the batch is a piece of.
+        weight: that of the minibatch that the batch is a piece of (Objective.weight).
 
     Cost: 5/3 gradients for all parameters, and for fewer 1/3 and 4/3 of the layers from their first one upward.
     """
@@ -72,7 +72,7 @@ def local_gradient(
     with measuring(objective.model):
         z, jd, pull_back = dual_pass(objective, batch, theta, delta, names, names)
         value, cotangent = expansion(objective.loss_function, z, targets, model)(jd)
-        return LocalGradient(value=float(value) / tokens, gradient=pull_back(cotangent / tokens))
+        return LocalGradient(value=float(value) / weight, gradient=pull_back(cotangent / weight))
 
 
 def predicted_decrease(
@@ -87,7 +87,7 @@ def predicted_decrease(
             start = objective.loss_function.value(z, targets)
             total += float(start - expansion(objective.loss_function, z, targets, model)(jd)[0])
     (whole,) = objective.processes.total(torch.tensor(total, dtype=torch.float64))
-    return float(whole) / objective.tokens(batches)
+    return float(whole) / objective.weight(batches)
 
 
 def added(one: LocalGradient, other: LocalGradient) -> LocalGradient:

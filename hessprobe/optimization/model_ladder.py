@@ -25,7 +25,7 @@ class Ladder:
 
     Attributes:
         alphas: (a,) step lengths.
-        tokens: (b,) tokens with a target.
+        tokens: (b,) tokens with a target; what the loss weighs them by, where it weighs them.
         slope: (b,) g.d, and curvature: (b,) d.G d, of each sequence's summed loss.
         prox_linear: (b, a) mean loss(z + alpha J d) less the loss at theta, summed over tokens.
         loss: (b, a) the same for the real loss at theta + alpha d.
@@ -129,7 +129,7 @@ def _sequence(
 ) -> Tensor:
     start = loss.value(z, targets)
     return torch.stack([
-        loss.valid(targets).sum().double(),
+        loss.weights(targets).sum().double(),
         (loss.gradient(z, targets) * jd).sum(),
         (loss.hessian_product(z, targets, jd) * jd).sum(),
         *(loss.value(z + alpha * jd, targets) - start for alpha in alphas),

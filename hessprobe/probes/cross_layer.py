@@ -119,7 +119,7 @@ class CrossLayerProbe(Probe):
         if not self.recipe.uses_kernels:
             raise UserError(
                 "cross_layer: parameters sharded over devices have neither a forward mode nor second derivatives, and "
-                "products need one of them: set cross_layer.method=kernels and cross_layer.matrix=gauss_newton"
+                "products need one of them: --set cross_layer.method=kernels --set cross_layer.matrix=gauss_newton"
             )
         norms, spent = self._by_kernels(snapshot, {})
         layers, nowhere = len(snapshot.partition), torch.nan
@@ -201,7 +201,7 @@ class CrossLayerProbe(Probe):
         if len(found.tokens) > self.sequences:
             raise UserError(
                 f"cross_layer: {len(found.tokens)} sequences in this batch, and the table was laid out for "
-                f"{self.sequences}; measure with at most as many, or set cross_layer.sequences={len(found.tokens)}"
+                f"{self.sequences}; measure with at most as many, or --set cross_layer.sequences={len(found.tokens)}"
             )
         return found.round * self.sequences + found.sequence
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hessprobe.recipe import CrossLayerRecipe
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, Variable, declared
+from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, Variable, declared, of_quantity
 
 DIRECTIONS = ("update", "negative_gradient")
 
@@ -14,7 +14,7 @@ def cross_layer_table(recipe: CrossLayerRecipe, blocks: tuple[str, ...]) -> Tabl
     return Table(
         name="cross_layer",
         variables=(
-            *_norm_variables(_estimator(recipe)),
+            *of_quantity(_quantity(recipe), _norm_variables(_estimator(recipe))),
             *(_sketch_variables() if recipe.uses_kernels else ()),
             *_direction_variables(),
             *MEASUREMENT_VARIABLES,
@@ -34,6 +34,10 @@ def sketches(recipe: CrossLayerRecipe) -> list[int]:
     return list(range(recipe.sequences * recipe.most_rounds))
 
 
+def _quantity(recipe: CrossLayerRecipe) -> str:
+    return recipe.quantity if recipe.uses_kernels else "batch"  # products are the batch's own matrix's
+
+
 def _estimator(recipe: CrossLayerRecipe) -> str:
     if not recipe.uses_kernels:
         return f"{recipe.samples} sign probes per block, {recipe.matrix} products (Hutchinson 1989)"
@@ -42,7 +46,7 @@ def _estimator(recipe: CrossLayerRecipe) -> str:
 
 def _attributes(recipe: CrossLayerRecipe) -> dict[str, object]:
     if not recipe.uses_kernels:
-        return {"method": "products", "matrix": recipe.matrix, "samples": recipe.samples}
+        return {"method": "products", "matrix": recipe.matrix, "samples": recipe.samples, "quantity": "batch"}
     return {
         "method": "kernels",
         "matrix": recipe.matrix,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hessprobe.errors import unknown_name
 from hessprobe.probes.gn_hessian_traces import ROUNDS
 from hessprobe.recipe import GNHessianRecipe
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, declared
+from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, declared, of_quantity
 
 MATRICES = ("gauss_newton", "hessian", "residual")
 DIRECTIONS = ("negative_gradient", "update", "gauss_newton_step", "top_eigenvector", "random")
@@ -29,7 +29,7 @@ def gn_hessian_table(recipe: GNHessianRecipe, blocks: Sequence[str]) -> Table:
     return Table(
         name="gn_hessian",
         variables=(
-            *_norms(recipe),
+            *of_quantity("batch", _norms(recipe)),
             *_spectra(recipe, bool(density_blocks)),
             *_directions(),
             *_ladder(),
@@ -48,6 +48,7 @@ def gn_hessian_table(recipe: GNHessianRecipe, blocks: Sequence[str]) -> Table:
         },
         attributes={
             "preset": recipe.preset,
+            "quantity": "batch",
             "samples": recipe.samples,
             "block_samples": recipe.block_samples,
             "lanczos_steps": recipe.lanczos_steps,

@@ -6,6 +6,7 @@ candidate was built on and on held-out sequences, which count: as a function of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from hessprobe.estimation.block_norms import symmetry_gap
@@ -21,6 +22,7 @@ from hessprobe.problem.partition import Partition
 from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.store.schema import Table
 
+LOGGER = logging.getLogger("hessprobe")
 DEFAULT_MEMORY = 2**30
 
 
@@ -31,6 +33,9 @@ class PreconditionerProbe(Probe):
         recipe: sizes, dampings, candidates, budgets.
         candidates: further ones by name, function(gradient (p,), snapshot) -> direction (p,): the snapshot holds the
             curvature batch as its batches.
+
+    A batch of fewer sequences than the recipe lays out is measured as far as it goes, which is said once; the row says how
+    far (curvature_sequences_read, held_out_sequences_read).
 
     A candidate that raises, or whose direction is zero or not finite, is left out with the reason in
     `candidate_failure`; the others stand. Those that are solves (layerwise_gn, full_gn, grouped_gn_*) have no condition
@@ -50,6 +55,7 @@ class PreconditionerProbe(Probe):
         self.every = recipe.every
         self.sequences = recipe.sequences
         self.candidates = Candidates(recipe, candidates)
+        self._said_shrunk = False
         self._memory = (recipe.memory_mib or 0) * 2**20 or DEFAULT_MEMORY
 
     @property
@@ -63,12 +69,16 @@ class PreconditionerProbe(Probe):
 
     def measure(self, snapshot: Snapshot) -> Row:
         recipe, shared = self.recipe, SharedOut(snapshot.objective, snapshot.batches, self.recipe)
-        row = PreconditionerRow(self.table(snapshot.partition), recipe)
-        held_out = self._site(snapshot, shared.held_out, folds=row.folds)
+        if shared.shrunk and not self._said_shrunk and snapshot.objective.processes.is_first:
+            self._said_shrunk = True
+            LOGGER.warning("step %d: %s", snapshot.step, shared.shrunk)
+        row = PreconditionerRow(self.table(snapshot.partition), recipe, shared.sizes)
+        folds = min(row.folds, shared.held_out_sequences)
+        held_out = self._site(snapshot, shared.held_out, folds=folds)
         row.judge_by(held_out)
         spent, measurement = 0.0, {}
-        for draw in range(recipe.draws):
-            for sequences in recipe.curvature_sequences:
+        for draw in range(shared.draws):
+            for sequences in shared.sizes:
                 site = self._site(snapshot, shared.curvature(draw, sequences))
                 row.build_on(site, draw)
                 for name in self.candidates.names:
@@ -85,7 +95,7 @@ class PreconditionerProbe(Probe):
             **measurement,
             "tokens": snapshot.objective.tokens(snapshot.batches),
             "sequences": sum(snapshot.objective.sequence_shape(batch)[0] for batch in snapshot.batches),
-            "gradient_equivalents": spent / self.unit_sequences,
+            "gradient_equivalents": spent / shared.sizes[-1],
         }
 
     def cost(self, partition: Partition) -> float:

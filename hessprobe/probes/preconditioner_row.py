@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,18 @@ from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table
 class PreconditionerRow:
     """The cells of a row by variable, without those that say how the measurement itself went.
 
+    Args:
+        sizes: of the curvature batches, at the places of the recipe's own; where there are fewer, the cells of the others
+            stay NaN. Of fewer held-out sequences than folds, the last folds hold nothing.
+
     First `judge_by` the held-out site; then for every curvature batch `build_on` it, and `judge` or `fail` each candidate.
     """
 
-    def __init__(self, table: Table, recipe: PreconditionerRecipe) -> None:
+    def __init__(
+        self, table: Table, recipe: PreconditionerRecipe, sizes: Sequence[int] | None = None
+    ) -> None:
         self.recipe = recipe
+        self.sizes = list(recipe.curvature_sequences if sizes is None else sizes)
         self.names = list(table.coordinates["candidate"])
         self.folds = len(table.coordinates["fold"])
         measurement = {variable.name for variable in MEASUREMENT_VARIABLES}
@@ -36,7 +44,7 @@ class PreconditionerRow:
     @property
     def is_the_batch(self) -> bool:
         """Whether the present site is draw 0's largest, on which blocks and spectra are told."""
-        return self.draw == 0 and self._size == len(self.recipe.curvature_sequences) - 1
+        return self.draw == 0 and self._size == len(self.sizes) - 1
 
     def judge_by(self, held_out: Site) -> None:
         """Takes the held-out batch, and fills in its own figures and optimum."""
@@ -44,13 +52,15 @@ class PreconditionerRow:
         self._held_out_optimum = held_out.optimal_decrease()
         self.cells["optimal_decrease_held_out"][:] = self._held_out_optimum
         self.cells["optimal_residual_held_out"][:] = held_out.solve(held_out.full).residual.numpy()
-        self.cells["fold_tokens"][:] = held_out.fold_tokens
+        self.cells["fold_tokens"][:] = self._in_folds(held_out.fold_tokens)
+        self.cells["held_out_sequences_read"] = float(held_out.sequences)
         self.cells["loss_held_out"] = float(held_out.loss)
 
     def build_on(self, site: Site, draw: int) -> None:
         """Takes the next curvature batch, and fills in its optimum."""
         self.site, self.draw = site, draw
-        self._size = self.recipe.curvature_sequences.index(site.sequences)
+        self._size = self.sizes.index(site.sequences)
+        self.cells["curvature_sequences_read"][self._size] = site.sequences
         self._optimum = site.optimal_decrease()
         self.cells["optimal_decrease"][draw, self._size] = self._optimum
         self.cells["optimal_residual"][draw, self._size] = site.solve(site.full).residual.numpy()
@@ -73,6 +83,8 @@ class PreconditionerRow:
             if answer.residual is not None and answer.iterations is not None:
                 values["solver_residual"] = answer.residual[i]
                 values["solver_iterations"] = answer.iterations[i]
+            for variable in ("slope_held_out", "curvature_held_out"):
+                values[variable] = self._in_folds(values[variable])
             for variable, value in values.items():
                 self.cells[variable][self.draw, candidate, self._size, i] = value
 
@@ -82,11 +94,16 @@ class PreconditionerRow:
             "block_slope": own.slope.sum(0),
             "block_norm2": own.norm2,
             "block_curvature": own.curvature.sum(0),
-            "block_slope_held_out": held_out.slope.T,
-            "block_curvature_held_out": np.moveaxis(held_out.curvature, 0, -1),
+            "block_slope_held_out": self._in_folds(held_out.slope.T),
+            "block_curvature_held_out": self._in_folds(np.moveaxis(held_out.curvature, 0, -1)),
         }
         for variable, value in values.items():
             self.cells[variable][candidate] = value
+
+    def _in_folds(self, value: np.ndarray) -> np.ndarray:
+        """Returns figures by fold, the last dimension, with nothing in those that no sequence has reached."""
+        missing = self.folds - value.shape[-1]
+        return np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, missing)])
 
     def condition(self, name: str, damping: int, found: Conditioning) -> None:
         """Fills in a linear candidate's spectrum at one damping."""
@@ -104,7 +121,7 @@ class PreconditionerRow:
         """Says why a candidate has no figures here; the first reason of a row is kept."""
         where = self.names.index(name)
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        place = [f"draw {self.draw}, {self.recipe.curvature_sequences[self._size]} sequences", what]
+        place = [f"draw {self.draw}, {self.sizes[self._size]} sequences", what]
         if not self.cells["candidate_failure"][where]:
             self.cells["candidate_failure"][where] = ", ".join(filter(None, place)) + f": {reason}"
 

@@ -85,6 +85,9 @@ def _held_out(recipe: PreconditionerRecipe):
         ("curvature_held_out", fold, "nats per token", "the fold's part of d.G d, undamped: the figure is their sum", exact),
         ("fold_tokens", ("step", "fold"), "tokens", "tokens with a target in the fold", "counted"),
         ("loss_held_out", ("step",), "nats per token", "loss on the held-out batch", "exact"),
+        ("held_out_sequences_read", ("step",), "sequences", "held-out sequences there were", "counted"),
+        ("curvature_sequences_read", ("step", "curvature_sequences"), "sequences",
+         "sequences that candidates were built on; less than the label where the batch held fewer", "counted"),
     ))  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Activations that differentiate twice in a few operations: f, f' by torch's fused kernels, f'' in closed form.
 
 Torch's own second derivative of GELU is written out in some twenty full-size tensors, and SiLU's backward pass has
-no forward mode at all. Inside `closed_form_activations` both have, for any model, at the cost of one factor f''.
+no forward mode at all. By these functions both have, at the cost of one factor f''; problem/operation_rules.py puts
+them in torch's places.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
 
 _ROOT = math.sqrt(2 / math.pi)
 _CUBE = 0.044715  # of GELU's tanh form (Hendrycks and Gimpel 2016)
@@ -113,22 +112,8 @@ def _tanh_gelu_backward(g: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(g, x, approximate="tanh")
 
 
-_GELU = {
+GELU = {
     "none": _twice_differentiable(torch.ops.aten.gelu, torch.ops.aten.gelu_backward, gelu_second),
     "tanh": _twice_differentiable(_tanh_gelu, _tanh_gelu_backward, tanh_gelu_second),
 }
-_SILU = _twice_differentiable(torch.ops.aten.silu, torch.ops.aten.silu_backward, silu_second)
-
-
-class closed_form_activations(TorchFunctionMode):
-    """Within it, torch's gelu and silu (out of place) are the ones above: same values, cheaper second derivatives."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.gelu and not set(kwargs) - {"approximate"} and len(args) == 1:
-            return _GELU[kwargs.get("approximate", "none")].apply(args[0])
-        if func is F.silu and not kwargs.get("inplace", False) and len(args) == 1:
-            return _SILU.apply(args[0])
-        return func(*args, **kwargs)
+SILU = _twice_differentiable(torch.ops.aten.silu, torch.ops.aten.silu_backward, silu_second)

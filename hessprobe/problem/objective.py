@@ -8,21 +8,46 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.batches import Batch, cut, default_forward, default_targets, is_tensor_list, pieces_of
+from hessprobe.problem.batches import (
+    Batch,
+    count_of,
+    cut,
+    default_forward,
+    default_targets,
+    listed,
+    pieces_of,
+)
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.measuring import measuring, with_parameters
+from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition, unwrapped
 from hessprobe.problem.processes import ALONE, Processes
+from hessprobe.problem.readings import Readings
 from hessprobe.problem.shares import Share, share_of
+from hessprobe.problem.swapping import common_dtype
 
 # Positions (tokens) that go through the model at once. They fill any device, and a longer batch is done in pieces, since
 # memory grows with them: a decoder's logits alone take 1 GiB in float32 at a vocabulary of 32,000.
 POSITIONS_AT_ONCE = 8192
+
+
+@dataclass
+class Trust:
+    """What was found, once for a model, of the ways to differentiate it; None where not tried yet.
+
+    Attributes:
+        forward_mode: whether tangents are the transpose of backward passes.
+        second: whether second derivatives by forward mode are symmetric.
+    """
+
+    forward_mode: bool | None = None
+    second: bool | None = None
 
 
 class Objective:
@@ -30,15 +55,25 @@ class Objective:
 
     Args:
         model: any nn.Module; a compiled or DDP-wrapped one is unwrapped.
-        loss: "cross_entropy" (nats per token), "squared_error" (half the squared distance), or a function
-            (outputs (n, c), targets (n, ...)) -> losses per token (n,), convex in the outputs.
+        loss: "cross_entropy" (nats per token), "squared_error" (half the squared distance), "mean_squared_error",
+            "binary_cross_entropy" (means over tokens and outputs), one of torch's losses as a module, a function or a
+            partial (its mean is torch's: by class weights, too), or a function (outputs (n, c), targets (n, ...)) ->
+            losses per token (n,), convex in the outputs.
         forward: (model, batch) -> outputs, class dimension last; default: `model(inputs)`, `.logits` of the output.
-        targets: batch -> targets; default: the batch's second entry, or its "labels" (shifted for causal models).
+        targets: batch -> targets; default: the batch's second entry, or its "labels" (shifted where the model shifts them).
         ignore_index: class targets of this value carry no loss.
         processes: who shares the work; every one of them is given the same batches and makes the same calls.
+        batch_first: whether sequences are the first dimension of a batch's tensors, targets and outputs; else the second.
+        auxiliary: what the model's own loss has beside the main one, which alone is measured (a mixture of experts' router
+            loss): "ignore", or a function (model, batch) -> the addition (0-d), by which the two are compared.
 
-    A batch is a tuple `(inputs, targets)` (or a DataLoader's list of two tensors) or a mapping with "labels". A
-    list of batches stands for their union: micro-batches, weighted by their tokens.
+    A batch is a tuple `(inputs, targets)` (or a DataLoader's list of tensors), or a mapping with "labels", or any tree of
+    tensors that `forward` and `targets` take apart. A list of batches stands for their union: micro-batches, weighted by
+    their tokens; those without a sequence are left out.
+
+    A mapping's labels are read as the model's own loss reads them: at the first one the model is called with its labels
+    once, and shifting, decoder inputs and the loss (of real labels) are those that give the same value. Where none does,
+    a UserError names both values.
     """
 
     def __init__(
@@ -50,14 +85,34 @@ class Objective:
         targets: Callable[[Batch], Tensor] | None = None,
         ignore_index: int = -100,
         processes: Processes = ALONE,
+        batch_first: bool = True,
+        auxiliary: str | Callable[[nn.Module, Batch], Tensor] | None = None,
     ) -> None:
+        if isinstance(auxiliary, str) and auxiliary != "ignore":
+            raise UserError(
+                f"auxiliary={auxiliary!r}: wanted 'ignore', or a function (model, batch) -> the auxiliary loss that is added"
+            )
         self.model = unwrapped(model)
         self.processes = processes
-        self.loss_function = loss_named(loss, ignore_index)
+        self.batch_first = batch_first
+        self.auxiliary = auxiliary
         self._splits: bool | None = None if forward is None and targets is None else False
-        self._shift = forward is None and targets is None and _is_causal(self.model)
-        self._forward = _Forward(self.model, forward or default_forward, self._shifts)
+        self._forward = forward or self._default_forward
+        self.trust = Trust()
         self._targets = targets or default_targets
+        self._readings = Readings(
+            self.model,
+            loss_named(loss, ignore_index),
+            auxiliary,
+            default=forward is None and targets is None,
+            own_counts=isinstance(loss, str) and loss == "cross_entropy",
+            batch_first=batch_first,
+        )
+
+    @property
+    def loss_function(self) -> Loss:
+        """The loss that is measured."""
+        return self._readings.loss
 
     @property
     def alone(self) -> Objective:
@@ -66,12 +121,36 @@ class Objective:
         found.processes = ALONE
         return found
 
+    @property
+    def splits(self) -> bool | None:
+        """Whether a batch is measured in pieces of its sequences (see `split`); None as long as nobody has looked."""
+        return self._splits
+
+    @splits.setter
+    def splits(self, found: bool) -> None:
+        self._splits = found
+
+    def listed(self, batches: Batch | list[Batch]) -> list[Batch]:
+        """Returns micro-batches as a list, one batch as a list of one, as they are; [] for none.
+
+        Raises:
+            UserError: a list that can be read both as a batch and as micro-batches.
+        """
+        return listed(batches, self._targets, batch_first=self.batch_first)
+
     def micro_batches(self, batches: Batch | list[Batch]) -> list[Batch]:
-        """Returns the batches as a list; raises where none of them has a target."""
-        found = batches if isinstance(batches, list) and not is_tensor_list(batches) else [batches]
+        """Returns the batches as a list, without those of no sequence; raises where none of them has a target.
+
+        Cost: nothing, but for the first ones: forward passes that tell how labels and outputs meet (see Objective).
+        """
+        found = self.listed(batches)
         if not found:
             raise UserError("no batch given: wanted a batch or a non-empty list of batches")
-        if self.tokens(found) == 0:
+        found = [batch for batch in found if self.sequences(batch)]
+        for batch in found:
+            self._meet(batch)
+            self.loss_function.check(self.targets(batch))
+        if self.weight(found) == 0:
             raise UserError(
                 "no token carries a target: every one is ignored, so loss and curvature are 0/0; pass batches "
                 "with at least one target that is not ignore_index"
@@ -80,26 +159,73 @@ class Objective:
 
     def tokens(self, batches: Batch | list[Batch]) -> int:
         """Returns the number of tokens with a target in a batch or a list of micro-batches."""
-        listed = batches if isinstance(batches, list) and not is_tensor_list(batches) else [batches]
-        return sum(int(self.loss_function.valid(self.targets(batch)).sum()) for batch in listed)
+        return sum(int(self.loss_function.valid(self.targets(batch)).sum()) for batch in self.listed(batches))
+
+    def weight(self, batches: Batch | list[Batch]) -> float:
+        """Returns what the mean divides by: the number of tokens with a target, but for weighted classes the sum of the
+        weights of the targets' classes, and for means over outputs the number of outputs.
+        """
+        weights = [self.loss_function.weights(self.targets(batch)) for batch in self.listed(batches)]
+        return sum(float(w.double().sum()) if w.is_floating_point() else int(w.sum()) for w in weights)
 
     def targets(self, batch: Batch) -> Tensor:
-        """Returns the batch's targets flattened over its tokens: (n,), or (n, c) for a regression."""
-        y = self._targets(batch)
+        """Returns the batch's targets flattened over its tokens: (n,), or (n, c) for real ones."""
+        if not self._readings.met:
+            self._meet(batch)
+        y = self._readings.targets(self.labels(batch))
         if self._shifts(batch):
             y = y[:, 1:]
         if y.is_floating_point():
             return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(-1, 1)
         return y.reshape(-1)
 
+    def labels(self, batch: Batch) -> Tensor:
+        """Returns the batch's targets as they come, sequences first."""
+        y = self._targets(batch)
+        if not isinstance(y, Tensor):
+            raise UserError(
+                f"targets are a {type(y).__name__}: wanted a tensor, one target for every token; pass forward= and targets= "
+                "to take the batch apart"
+            )
+        count_of(y)
+        return y if self.batch_first or y.dim() < 2 else y.transpose(0, 1)
+
+    def _meet(self, batch: Batch) -> None:
+        self._readings.meet(
+            batch,
+            self.labels(batch),
+            lambda count: self.cut(batch, 0, count),
+            lambda _, some: self.raw_outputs(some),
+        )
+
     def _shifts(self, batch: Batch) -> bool:
-        """Tells whether labels stand one place to the right of their outputs: in a causal model's mapping, not a pair."""
-        return self._shift and isinstance(batch, Mapping)
+        """Tells whether labels stand one place to the right of their outputs: in a mapping, not a pair."""
+        return isinstance(batch, Mapping) and self._readings.shifted
+
+    def own_loss(self, batch: Batch) -> Tensor | None:
+        """Returns the model's own loss on a mapping with labels (0-d, detached, in eval mode), less `auxiliary`.
+
+        None where the model gives none, and where another is trained: loss=, forward= or targets= were given, or
+        auxiliary="ignore" says that the difference is not known. Cost: a forward pass.
+        """
+        return self._readings.own_loss(batch)
+
+    def sequences(self, batch: Batch) -> int:
+        """Returns how many sequences a batch holds."""
+        return self.labels(batch).shape[0]
 
     def sequence_shape(self, batch: Batch) -> tuple[int, int]:
         """Returns (b, t): the batch's sequences, the first dimension of its targets, and positions of each."""
-        count = self._targets(batch).shape[0]
+        count = self.sequences(batch)
         return count, self.targets(batch).shape[0] // max(1, count)
+
+    def cut(self, batch: Batch, start: int, stop: int) -> Batch:
+        """Returns sequences start to stop of a batch.
+
+        Raises:
+            UserError: a batch that is no tree of tensors.
+        """
+        return cut(batch, start, stop, self.sequences(batch), batch_first=self.batch_first)
 
     def split(self, batch: Batch, pieces: int) -> list[Batch]:
         """Returns the batch as that many batches of its sequences (fewer where it holds fewer), or whole.
@@ -108,11 +234,11 @@ class Objective:
         where sequences of one batch see each other: a model's outputs on pieces are compared once with the whole's, of
         as many sequences as go through it at once. Cost: two forward passes, once.
         """
-        found = [batch] if pieces < 2 or self._splits is False else pieces_of(batch, pieces)
+        found = [batch] if pieces < 2 or self._splits is False else self._cut_into(batch, pieces)
         if len(found) > 1 and self._splits is None:
             count, positions = self.sequence_shape(batch)
-            some = cut(batch, 0, max(2, sequences_at_once(count, positions)), count)
-            parts = pieces_of(some, pieces)
+            some = self.cut(batch, 0, min(count, max(2, sequences_at_once(count, positions))))
+            parts = self._cut_into(some, pieces)
             with measuring(self.model, forward_mode=False), torch.no_grad():
                 whole, joined = self.outputs(some), torch.cat([self.outputs(part) for part in parts])
             if not bool(whole.any()) and not bool(joined.any()):
@@ -120,6 +246,9 @@ class Objective:
             gap = (whole - joined).norm() / whole.norm()
             self._splits = bool(gap <= torch.finfo(whole.dtype).eps ** 0.6)  # rounding's, not another model's
         return found if self._splits or len(found) == 1 else [batch]
+
+    def _cut_into(self, batch: Batch, pieces: int) -> list[Batch]:
+        return pieces_of(batch, pieces, self.sequences(batch), batch_first=self.batch_first)
 
     def pieces(self, batch: Batch) -> list[Batch]:
         """Returns a batch as ones that go through the model at once: of at most POSITIONS_AT_ONCE, or a single sequence.
@@ -147,11 +276,12 @@ class Objective:
         Raises:
             UserError: outputs and targets do not fit together, or the model returns no tensor of outputs.
         """
-        swapped = {f"model.{name}": value for name, value in (parameters or {}).items()}
-        z = torch.func.functional_call(self._forward, swapped, (batch,))
-        y = self._targets(batch)
+        expected, y = self.targets(batch), self.labels(batch)
+        z = with_parameters(self.model, parameters or {}, lambda: self._forward(self.model, batch))
+        z = self._readings.outputs(z if self.batch_first or z.dim() < 2 else z.transpose(0, 1), y)
+        if self._shifts(batch):
+            z = z[:, :-1]
         z = z.reshape(-1, z.shape[-1]) if z.dim() > 1 else z.reshape(-1, 1)
-        expected = self.targets(batch)
         if z.shape[0] != expected.shape[0] or (expected.dim() == 2 and expected.shape != z.shape):
             raise UserError(
                 f"outputs {tuple(z.shape)} (tokens, classes) do not fit targets {tuple(y.shape)}: wanted one target "
@@ -170,10 +300,10 @@ class Objective:
             for piece in self.own_pieces(listed)
         ]
         if self.processes.count == 1:
-            return torch.stack(values).sum() / self.tokens(listed)
+            return torch.stack(values).sum() / self.weight(listed)
         device = next(self.model.parameters()).device
         whole = torch.zeros((), dtype=torch.float64, device=device) + sum(v.detach() for v in values)
-        return self.processes.total(whole)[0] / self.tokens(listed)
+        return self.processes.total(whole)[0] / self.weight(listed)
 
     def gradient(
         self,
@@ -183,7 +313,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """Returns the loss (0-d) and its gradient (p,), both detached. Cost: one gradient."""
         listed = self.micro_batches(batches)
-        tokens = self.tokens(listed)
+        weight = self.weight(listed)
         with measuring(self.model, forward_mode=False):
             leaves = self.leaves(partition, parameters)
             loss = leaves[partition.names[0]].new_zeros(())
@@ -192,9 +322,9 @@ class Objective:
             def summed(batch: Batch) -> tuple[Tensor, Tensor]:
                 z, y = self.outputs(batch, leaves), self.targets(batch)
                 fixed = z.detach()
-                part = self.loss_function.value(fixed, y).detach() / tokens
+                part = self.loss_function.value(fixed, y).detach() / weight
                 return part, pull_back(
-                    z, leaves, partition.names, self.loss_function.gradient(fixed, y) / tokens
+                    z, leaves, partition.names, self.loss_function.gradient(fixed, y) / weight
                 )
 
             for piece in self.own_pieces(listed):
@@ -206,16 +336,28 @@ class Objective:
         loss, gradient = self.processes.total(loss, gradient)
         return loss, gradient
 
+    def raw_outputs(self, batch: Batch) -> Tensor:
+        """Returns what the model returns for a batch at its own parameters, sequences first, else as it comes."""
+        z = self._forward(batch)
+        return z if self.batch_first or not isinstance(z, Tensor) or z.dim() < 2 else z.transpose(0, 1)
+
+    def _default_forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return default_forward(model, batch, self._readings.feed)
+
     def leaves(
         self,
         partition: Partition,
         parameters: Mapping[str, Tensor] | None = None,
         names: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Returns fresh leaves by name that share the parameters' memory; `names` (default: all) want gradients."""
-        source = parameters if parameters is not None else dict(self.model.named_parameters())
+        """Returns fresh leaves by name that share the parameters' memory; `names` (default: all) want gradients.
+
+        Where the model's own are of several precisions, all leaves have the highest of them.
+        """
+        source = parameters if parameters is not None else present(self.model, partition.shapes)
+        dtype = common_dtype(source.values())
         wanted = set(partition.names if names is None else names)
-        return {name: source[name].detach().requires_grad_(name in wanted) for name in partition.names}
+        return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in partition.names}
 
 
 def sequences_at_once(count: int, positions: int) -> int:
@@ -233,28 +375,3 @@ def pull_back(
     return torch.cat(
         [(torch.zeros_like(x) if g is None else g).reshape(-1) for x, g in zip(inputs, grads, strict=True)]
     )
-
-
-class _Forward(nn.Module):
-    """Lets functional_call swap parameters under any `forward(model, batch)`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        function: Callable[[nn.Module, Batch], Tensor],
-        shifts: Callable[[Batch], bool],
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-        self.shifts = shifts
-
-    def forward(self, batch: Batch) -> Tensor:
-        z = self.function(self.model, batch)
-        return z[:, :-1] if self.shifts(batch) else z
-
-
-def _is_causal(model: nn.Module) -> bool:
-    """Tells whether a Hugging Face model shifts labels by one itself, as its causal language models do."""
-    name = type(model).__name__
-    return hasattr(model, "config") and ("ForCausalLM" in name or "LMHead" in name)

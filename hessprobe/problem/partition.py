@@ -1,22 +1,25 @@
 """Which parameters belong to which layer: named blocks as slices of one flat parameter vector.
 
-A block is found by exact name components, never by string prefix, so `h.1` does not catch `h.10`.
+Layers are found by the model's structure (stacks, layer_roles), by names only where it shows none.
 A tensor shared by two modules (tied embedding and head) is one parameter, in one block.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from hessprobe.errors import UserError, unknown_name
-from hessprobe.problem.layer_names import fine_name, layer_blocks, reading_order
+from hessprobe.errors import UserError, unknown_name, warn
+from hessprobe.problem.layer_names import fine_name, reading_order
+from hessprobe.problem.layer_roles import layer_of_names
+from hessprobe.problem.parameter_kinds import check_kinds, present
+from hessprobe.problem.stacks import Stacks, stacks_of
 
 PARTITIONS = ("layer", "module", "parameter")
+_TIED = "embedding+head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,7 @@ class Partition:
             UserError: no trainable parameters, or an unknown kind of partition.
         """
         model = unwrapped(model)
+        check_kinds(model)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise UserError(
@@ -69,32 +73,27 @@ class Partition:
             )
         if not callable(by) and by not in PARTITIONS:
             raise unknown_name("partition", str(by), [*PARTITIONS, "a function name -> block"])
-        aliases: dict[str, list[str]] = {name: [] for name in named}
-        canonical = {id(p): name for name, p in named.items()}
-        for name, p in model.named_parameters(remove_duplicate=False):
-            if id(p) in canonical:
-                aliases[canonical[id(p)]].append(name)
-
         notes: list[str] = []
+        stacks = stacks_of(model)
         if callable(by):
             block_of = {name: by(name) for name in named}
         elif by == "layer":
-            block_of, notes = layer_blocks(list(named), aliases)
+            block_of, notes = _layers(model, named, stacks)
         else:
-            block_of = {name: fine_name(name, keep_parameter=False) for name in named}
+            block_of = {name: fine_name(name, stacks, keep_parameter=False) for name in named}
             if by == "parameter":
                 # A module's only tensor takes the module's name; several are told apart by their own.
                 alone = [list(block_of.values()).count(block) == 1 for block in block_of.values()]
                 block_of = {
-                    name: block_of[name] if single else fine_name(name, keep_parameter=True)
+                    name: block_of[name] if single else fine_name(name, stacks, keep_parameter=True)
                     for name, single in zip(named, alone, strict=True)
                 }
         for note in notes:
-            warnings.warn(note, stacklevel=2)
+            warn(note)
 
         blocks = list(dict.fromkeys(block_of.values()))
         if by == "layer":
-            blocks = reading_order(blocks)
+            blocks = reading_order(blocks, stacks)
         slots, start = [], 0
         for block in blocks:
             for name, p in named.items():
@@ -116,6 +115,11 @@ class Partition:
     def names(self) -> tuple[str, ...]:
         """The parameters' names in the order of the flat vector."""
         return tuple(self._by_name)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The parameters' shapes by name, in the order of the flat vector."""
+        return {slot.name: slot.shape for slot in self.slots}
 
     @property
     def size(self) -> int:
@@ -167,13 +171,13 @@ class Partition:
 
     def vector(self, model: nn.Module) -> Tensor:
         """Returns a detached copy of the model's parameters as one vector (p,)."""
-        named = dict(unwrapped(model).named_parameters())
+        named = present(unwrapped(model), self.shapes)
         return torch.cat([named[slot.name].detach().reshape(-1) for slot in self.slots])
 
     @torch.no_grad()
     def assign(self, model: nn.Module, vector: Tensor) -> None:
         """Copies a vector (p,) into the model's parameters, in place."""
-        named = dict(unwrapped(model).named_parameters())
+        named = present(unwrapped(model), self.shapes)
         for name, value in self.unflatten(vector).items():
             named[name].copy_(value)
 
@@ -198,3 +202,35 @@ class Partition:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+
+def inner_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the trainable parameters that belong neither to the embedding nor to the head."""
+    model = unwrapped(model)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    layers, _ = _layers(model, named, stacks_of(model))
+    return tuple(name for name in named if layers[name] not in ("embedding", "head", _TIED))
+
+
+def _layers(
+    model: nn.Module, named: Mapping[str, nn.Parameter], stacks: Stacks
+) -> tuple[dict[str, str], list[str]]:
+    """Assigns each parameter its layer, and lists in words what was not recognised."""
+    first = {id(p): name for name, p in named.items()}
+    aliases: dict[str, list[str]] = {name: [] for name in named}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in first:
+            aliases[first[id(p)]].append(name)
+    found, tied = layer_of_names(aliases, named, model, stacks)
+    if tied:
+        found = {n: _TIED if layer in ("embedding", "head") else layer for n, layer in found.items()}
+    strangers = {n: fine_name(n, stacks, keep_parameter=False) for n, layer in found.items() if layer is None}
+    if not strangers:
+        return {n: layer for n, layer in found.items() if layer is not None}, []
+    blocks = sorted(set(strangers.values()))
+    note = (
+        f"layer partition: {len(strangers)} parameters have names that are not recognised as embedding, "
+        f"block or head; each takes its module as a block ({', '.join(blocks[:6])}"
+        f"{', ...' if len(blocks) > 6 else ''}). Pass a function name -> block to decide yourself."
+    )
+    return {n: layer or strangers[n] for n, layer in found.items()}, [note]

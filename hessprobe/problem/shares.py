@@ -6,14 +6,13 @@ a share is then whole micro-batches, as many for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.batches import Batch, cut
+from hessprobe.problem.batches import Batch, tensors_of
 
 if TYPE_CHECKING:
     from hessprobe.problem.objective import Objective
@@ -56,7 +55,7 @@ def share_of(objective: Objective, batches: list[Batch]) -> list[Share]:
         if 0 < stop - start < count and not _can_be_cut(objective, batch, count):
             start, stop = (0, count) if mine.start <= first < mine.stop else (0, 0)
         if start < stop:
-            part = batch if stop - start == count else cut(batch, start, stop, count)
+            part = batch if stop - start == count else objective.cut(batch, start, stop)
             found.append(Share(batch=part, number=number, start=start, stop=stop, first=first + start))
         first += count
     return found
@@ -69,6 +68,6 @@ def is_sharded(model: nn.Module) -> bool:
 
 def _can_be_cut(objective: Objective, batch: Batch, count: int) -> bool:
     """Tells whether two of the batch's sequences do not depend on each other's company."""
-    if count < 2 or not isinstance(batch, (Mapping, tuple, list)):
+    if count < 2 or next(tensors_of(batch), None) is None:
         return False
-    return len(objective.split(cut(batch, 0, 2, count), 2)) == 2
+    return len(objective.split(objective.cut(batch, 0, 2), 2)) == 2

@@ -14,6 +14,7 @@ from hessprobe.analysis import coupling, coupling_by_distance, cross_share, curv
 from hessprobe.analysis.coupling import depths
 from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
 from hessprobe.analysis.rows import failed_rows, sound_rows
+from hessprobe.analysis.symmetry import asymmetry
 from hessprobe.analysis.wording import basis
 from hessprobe.report.charts import ACCENT, SECOND, Series, by_distance, evenly_spaced, matrix, over_steps
 from hessprobe.report.grouping import grouping_charts, grouping_content, overshoot_chart
@@ -52,6 +53,7 @@ def cross_layer(run: xr.DataTree, groupings: GroupingStudy | None = None) -> Sec
         "kept": len(frames["steps"]),
         "basis": basis(rows.isel(step=-1)),
         "symmetry_gap": _largest(rows, "symmetry_gap"),
+        "asymmetry": asymmetry(rows),
         "has_distance": bool(np.isfinite(depths(rows["block"].values)).sum() > 1),
         "grouping": grouping_content(study),
         "jacobi_damping": float(table.attrs.get("jacobi_damping", np.nan)),

@@ -22,6 +22,7 @@ from hessprobe.analysis.discrepancy import (
 from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION, full_length, ladder
 from hessprobe.analysis.discrepancy_spectrum import extremes, negative_curvature, smoothed_density
 from hessprobe.analysis.rows import failed_rows, sound_rows
+from hessprobe.analysis.symmetry import asymmetry
 from hessprobe.analysis.wording import basis
 from hessprobe.report import discrepancy_charts as charts_of
 from hessprobe.report.charts import evenly_spaced
@@ -56,6 +57,7 @@ def gn_hessian(run: xr.DataTree) -> Section:
         "lanczos": table.attrs.get("lanczos_steps"),
         "probes": table.sizes.get("probe"),
         "symmetry_gap": _largest(table, "symmetry_gap"),
+        "asymmetry": asymmetry(table),
         "width": _width(table),
         "mass": _mass(table),
         "place": _place(table),

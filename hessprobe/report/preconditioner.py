@@ -22,6 +22,7 @@ from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps, 
 from hessprobe.analysis.preconditioner_findings import LOOSE
 from hessprobe.analysis.preconditioner_ratio import cross_layer_pays, decrease_ratios
 from hessprobe.analysis.rows import failed_rows
+from hessprobe.analysis.symmetry import asymmetry
 from hessprobe.analysis.trend import STANDARD_ERRORS
 from hessprobe.report import preconditioner_charts as charts_of
 from hessprobe.report.section import Section, table_or_reason
@@ -56,6 +57,7 @@ def preconditioner(run: xr.DataTree) -> Section:
         "pays": [_verdict(rows, pays.isel(damping=i)) for i in range(pays.sizes["damping"])],
         "board": _board(board, ratios),
         "failures": _failures(rows),
+        "asymmetry": asymmetry(table),
     }
     return section(content=content, charts=_charts(rows, pays, ratios, board), failed=failed)
 

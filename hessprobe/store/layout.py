@@ -19,7 +19,9 @@ from typing import Any, cast
 
 import numpy as np
 import zarr
+from zarr.storage import LocalStore
 
+from hessprobe.store.attributes import portable
 from hessprobe.store.log import BUILDING, LOG
 from hessprobe.store.schema import (
     DIMENSIONS,
@@ -38,7 +40,9 @@ def create_table(folder: Path, table: Table, steps: Sequence[int] | None) -> Non
     """Lays out folder/log.zarr/TABLE for the given steps, or a first block of rows if they are unknown."""
     building = folder / BUILDING / table.name
     shutil.rmtree(building, ignore_errors=True)
-    group = zarr.create_group(building, attributes={**table.attributes, GROWS: steps is None})
+    group = zarr.create_group(
+        LocalStore(building), attributes={**portable(table.attributes), GROWS: int(steps is None)}
+    )
     rows = GROWTH_ROWS if steps is None else len(steps)
     for dim, labels in table.coordinates.items():
         values = np.asarray(labels)
@@ -76,6 +80,11 @@ def create_table(folder: Path, table: Table, steps: Sequence[int] | None) -> Non
     os.rename(building, folder / LOG / table.name)
 
 
+def annotate_log(folder: Path, attributes: Mapping[str, str]) -> None:
+    """Adds root attributes to folder/log.zarr: the metadata file is replaced in one move."""
+    zarr.open_group(folder / LOG, mode="r+", use_consolidated=False).attrs.update(dict(attributes))
+
+
 def _label(group: zarr.Group, steps: Sequence[int]) -> None:
     cast(zarr.Array, group[STEP])[:] = np.asarray(steps, dtype=np.int64)
 
@@ -93,7 +102,7 @@ def grow_table(folder: Path, name: str, rows: int, steps: Sequence[int] | None =
         for file in files:
             if not file.endswith(".partial"):  # what a kill left of zarr's write-and-rename
                 _link(os.path.join(path, file), copy / file)
-    group = zarr.open_group(building, mode="r+", use_consolidated=False)
+    group = zarr.open_group(LocalStore(building), mode="r+", use_consolidated=False)
     for _, array in group.arrays():
         if dimensions(array)[0] == STEP:
             array.resize((rows, *array.shape[1:]))

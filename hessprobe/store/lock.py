@@ -25,7 +25,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK
+        self._path = folder.absolute() / LOCK
         self._file: int | None = None
         while fcntl is not None and self._file is None:
             try:

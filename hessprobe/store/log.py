@@ -10,13 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import zarr
+from zarr.storage import LocalStore
 
 from hessprobe.errors import UserError
+from hessprobe.store.attributes import portable
 from hessprobe.store.schema import SCHEMA_VERSION
 
 LOG = "log.zarr"
 # What is being built lies here, on the same file system but outside the log, until one rename moves it in.
 BUILDING = ".log.zarr.building"
+
+
+class LogStore(LocalStore):
+    """A folder of this machine to read from, whatever it is called: a path given as text may be taken for a URL.
+
+    fsspec splits names at "::" and "://". dask names what it reads by the store, and a log that has grown is another.
+    """
+
+    def __dask_tokenize__(self) -> tuple[str, str, int]:
+        return type(self).__name__, str(self.root), self.root.stat().st_mtime_ns
 
 
 def create_log(folder: Path, attributes: Mapping[str, object]) -> None:
@@ -25,7 +37,9 @@ def create_log(folder: Path, attributes: Mapping[str, object]) -> None:
     if log.exists():
         raise UserError(f"{folder} already holds a run; continue it with --resume, or give another folder")
     shutil.rmtree(folder / BUILDING, ignore_errors=True)
-    zarr.create_group(building, attributes={**attributes, "schema_version": SCHEMA_VERSION})
+    zarr.create_group(
+        LocalStore(building), attributes={**portable(attributes), "schema_version": SCHEMA_VERSION}
+    )
     try:
         os.rename(building, log)
     except OSError as error:
@@ -57,7 +71,9 @@ def find_log(path: Path) -> tuple[Path, dict[str, Any]]:
             f"{log} is torn: its zarr.json is missing; copy the run again from where it was recorded"
         )
     try:
-        attributes = dict(zarr.open_group(log, mode="r", use_consolidated=False).attrs)
+        attributes = dict(
+            zarr.open_group(LogStore(log, read_only=True), mode="r", use_consolidated=False).attrs
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{log} is torn: its zarr.json cannot be read ({error}); copy the run again"

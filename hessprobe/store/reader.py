@@ -16,7 +16,9 @@ import zarr
 
 from hessprobe.errors import UserError
 from hessprobe.store import layout
-from hessprobe.store.log import find_log, table_names
+from hessprobe.store.attributes import portable
+from hessprobe.store.forks import read_after_forks
+from hessprobe.store.log import LogStore, find_log, table_names
 from hessprobe.store.schema import RECORDED, STEP
 
 _SOURCE = "source"
@@ -26,13 +28,16 @@ def open_run(path: Path | str) -> xr.DataTree:
     """Returns the log of a run, one node per table, each trimmed to the rows recorded so far, by step.
 
     `path` is the run's folder or its log.zarr; the run may still be writing, and what it records later needs
-    a new call. Data are read when they are used (dask); the root's attributes are the run's. Rows that failed
-    are NaN, with the reason in `failure`. UserError for no run, a torn one, or one of a newer version.
+    a new call. Numbers are read when they are used (dask); text is in memory, at fixed width, as plots, netCDF and
+    alignment by label need it. The root's attributes are the run's. Rows that failed are NaN, with the reason in
+    `failure`. UserError for no run, a torn one, or one of a newer version.
     """
     path = Path(path)
     log, attributes = find_log(path)
+    log = log.absolute()  # what is read later must not depend on the working directory then
     layout.restore(log.parent)
-    root = xr.Dataset(attrs=attributes)
+    read_after_forks()
+    root = xr.Dataset(attrs=portable(attributes))
     root.encoding[_SOURCE] = str(path)
     tables = {f"/{name}": _open_table(log, name) for name in table_names(log)}
     return xr.DataTree.from_dict({"/": root, **tables})
@@ -60,9 +65,11 @@ def _open_table(log: Path, name: str) -> xr.Dataset:
     for attempt in range(6):
         try:
             # The marks come first: a row marked before its label is read has its label.
-            marks = zarr.open_group(log / name, mode="r", use_consolidated=False)[RECORDED]
+            store = LogStore(log, read_only=True)
+            marks = zarr.open_group(store, path=name, mode="r", use_consolidated=False)[RECORDED]
             recorded = np.asarray(cast(zarr.Array, marks)[:])
-            return _trimmed(xr.open_zarr(log, group=name, consolidated=False, chunks={}), recorded)
+            table = xr.open_zarr(store, group=name, consolidated=False, chunks={})
+            return _plain(_trimmed(table, recorded))
         except (OSError, ValueError, KeyError) as error:
             if attempt == 5:
                 what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -78,3 +85,26 @@ def _trimmed(table: xr.Dataset, recorded: np.ndarray) -> xr.Dataset:
     # A slice where one serves keeps the chunks of the files, and so the laziness, as they are.
     leading = np.array_equal(rows, np.arange(len(rows)))
     return table.isel({STEP: slice(len(rows)) if leading else rows})
+
+
+def _plain(table: xr.Dataset) -> xr.Dataset:
+    """Returns the table as it may be aligned and saved in other formats.
+
+    Text is at fixed width (numpy's own StringDType has no missing value to align by), attributes are of types that netCDF
+    has (logs of earlier versions hold others), and nothing is left of how the log stores it: integers that alignment made
+    floats would be saved as integers, their missing values lost.
+    """
+    texts = {
+        name: xr.Variable(
+            variable.dims,
+            variable.values.astype(object).astype(str),
+            variable.attrs,
+            # Saved again it has no fixed width: zarr's specification knows none.
+            {"dtype": np.dtype(object)},
+        )
+        for name, variable in table.variables.items()
+        if variable.dtype.kind in "TO"
+    }
+    plain = table.drop_encoding().assign(texts)
+    plain.attrs = portable(table.attrs)
+    return plain

@@ -60,7 +60,7 @@ class TableRows:
 
     def _open(self) -> None:
         path = self.folder / LOG / self.name
-        group = zarr.open_group(path, mode="r+", use_consolidated=False)
+        group = zarr.open_group(LocalStore(path), mode="r+", use_consolidated=False)
         self._on_disk: dict[str, Any] = dict(group.arrays())
         if missing := {STEP, RECORDED, FAILURE} - set(self._on_disk):
             raise UserError(f"{path} is torn: it has no {', '.join(sorted(missing))}; copy the run again")

@@ -6,7 +6,7 @@ A probe declares its table before it measures, so the layout on disk is complete
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import nan, prod
 from typing import Any
 
@@ -58,7 +58,9 @@ class Variable:
     """One measured quantity of a table: its dimensions (`step` first), units, and how it was estimated.
 
     `units` as a reader would say them ("nats per token", "1" for a pure number); `estimator` names the method
-    and its source, or "exact". `dtype` is one of float64, float32, int64, int32, bool, str.
+    and its source, or "exact". `dtype` is one of float64, float32, int64, int32, bool, str. `quantity` says of which
+    matrix a norm is, where there are two: "batch", the batch's own G; or "population", the expected G over sequences like
+    these. ||G|| of a batch is the larger one: it holds the batch's own noise.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Variable:
     long_name: str
     estimator: str
     dtype: str = "float64"
+    quantity: str = ""
 
     def __post_init__(self) -> None:
         if not self.dims or self.dims[0] != STEP:
@@ -80,8 +83,9 @@ class Variable:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The attributes stored beside the data: long_name, units, estimator."""
-        return {"long_name": self.long_name, "units": self.units, "estimator": self.estimator}
+        """The attributes stored beside the data: long_name, units, estimator, and quantity where there are two."""
+        found = {"long_name": self.long_name, "units": self.units, "estimator": self.estimator}
+        return {**found, "quantity": self.quantity} if self.quantity else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +140,11 @@ def declared(entries: Sequence[tuple[str, tuple[str, ...], str, str, str]]) -> t
     )
 
 
+def of_quantity(quantity: str, variables: Sequence[Variable]) -> tuple[Variable, ...]:
+    """Returns the variables as of this quantity, "population" or "batch"."""
+    return tuple(replace(variable, quantity=quantity) for variable in variables)
+
+
 def bookkeeping_variables() -> tuple[Variable, ...]:
     """The three variables the store adds to every table: `step` (its coordinate), `failure`, `recorded`."""
     return (
@@ -153,9 +162,24 @@ def _measurement(name: str, units: str, long_name: str, estimator: str = "exact"
     return Variable(name=name, dims=(STEP,), units=units, long_name=long_name, estimator=estimator)
 
 
+# What is known of a row before any probe measures it: of the step's whole batch, of which probes read the first sequences.
+# A recorder adds them to every probe's table.
+CHECK_VARIABLES: tuple[Variable, ...] = (
+    _measurement("loss_trained", "nats per token", "loss of the step's whole batch as the training loop passed it, of "
+                 "several processes the first's; NaN where it passed none", "the loop's own"),
+    _measurement("loss_whole_batch", "nats per token", "loss of the step's whole batch before the step, as it is measured: "
+                 "eval mode, no dropout, running averages for batch statistics; NaN where it was not compared",
+                 "exact; where a batch of this shape is met first"),
+    _measurement("loss_train_mode", "nats per token", "the same in train mode, with dropout, or with batch statistics alone "
+                 "where there are any; NaN where it was not compared", "one pass; where a batch of this shape is met first"),
+    _measurement("activation_bits", "bits", "precision of the least precise activation while the model is measured; NaN "
+                 "where nobody looked", "exact"),
+)  # fmt: skip
+
 # What every probe says about the measurement itself, so that numbers of different probes can be compared.
 MEASUREMENT_VARIABLES: tuple[Variable, ...] = (
-    _measurement("loss", "nats per token", "loss on the probe batch, before the step"),
+    _measurement("loss", "nats per token", "loss on the probe batch, before the step, in eval mode: without dropout, "
+                 "running averages in the place of batch statistics"),
     _measurement("tokens", "tokens", "valid target tokens in the probe batch"),
     _measurement("sequences", "sequences", "sequences in the probe batch"),
     _measurement("damping", "nats per token per squared parameter", "multiple of the identity added"),

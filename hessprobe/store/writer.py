@@ -40,7 +40,7 @@ class RunWriter:
     @classmethod
     def create(cls, folder: Path | str, attributes: Mapping[str, object]) -> RunWriter:
         """Makes folder/log.zarr with the run's attributes. UserError if the folder already holds a run."""
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # the program may change its working directory
         lock = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -56,13 +56,12 @@ class RunWriter:
                     "Free some space there, or give another folder"
                 ) from error
             raise
-        return cls(folder, lock)
+        return cls(folder.absolute(), lock)  # the working directory may move before the next row
 
     @classmethod
     def reopen(cls, folder: Path | str) -> RunWriter:
         """Continues the log in folder, whatever ended the process before; UserError if there is none."""
-        folder = Path(folder)
-        log, _ = find_log(folder)
+        log, _ = find_log(Path(folder).absolute())
         folder = log.parent
         lock = RunLock(folder)
         try:
@@ -107,6 +106,12 @@ class RunWriter:
     def fail(self, table: str, step: int, reason: str) -> None:
         """Records that the row could not be measured: its data are NaN, its `failure` is the reason."""
         self._put(table, step, self._table(table).empty_row(), reason or "no reason given")
+
+    def annotate(self, attributes: Mapping[str, str]) -> None:
+        """Adds attributes of the run to the log's root; one of the same name is replaced."""
+        self._check_open()
+        with self._kept(f"the attributes {', '.join(attributes)} were not written"):
+            layout.annotate_log(self.folder, attributes)
 
     def recorded_steps(self, table: str) -> list[int]:
         """The steps a table holds a whole row of (failed ones too), in the order of its rows."""

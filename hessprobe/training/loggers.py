@@ -128,7 +128,7 @@ class ScalarLog:
             attributes: of the run's log: its name, when it began, its recipe.
             first: the step the run begins at, or goes on from.
         """
-        log = cls({}, say)
+        log, folder = cls({}, say), folder.absolute()
         for name in dict.fromkeys(names):
             try:
                 log._loggers[name] = _MAKERS[name](folder, attributes, first)

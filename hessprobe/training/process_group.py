@@ -116,7 +116,8 @@ def _stoppable(launch: Launch) -> Iterator[None]:
 
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     wakes = signal.set_wakeup_fd(writes.fileno(), warn_on_full_buffer=False)
-    Thread(target=_end_for_certain, args=(hears, ended, launch), daemon=True).start()
+    watcher = Thread(target=_end_for_certain, args=(hears, ended, launch), daemon=True)
+    watcher.start()
     for number in before:
         signal.signal(number, stop)
     try:
@@ -134,6 +135,7 @@ def _stoppable(launch: Launch) -> Iterator[None]:
         ended.set()
         signal.set_wakeup_fd(wakes)
         writes.close()
+        watcher.join(GRACE)  # it hears that: a thread must not wake up while the interpreter is taken down
 
 
 def _ignore_signals() -> None:

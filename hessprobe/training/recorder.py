@@ -5,23 +5,26 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import nan
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from hessprobe.errors import UserError
 from hessprobe.probes.cross_layer import CrossLayerProbe
 from hessprobe.probes.gn_hessian import GNHessianProbe
 from hessprobe.probes.preconditioner import PreconditionerProbe
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ALONE, PeerFailed, Processes, ProcessLost
+from hessprobe.problem.processes import ALONE, Processes, ProcessLost
 from hessprobe.recipe import Recipe
-from hessprobe.store.schema import Table
+from hessprobe.store.schema import CHECK_VARIABLES, Table
+from hessprobe.training.failures import reason_of
 from hessprobe.training.probe_schedule import Every, Schedule
+
+CHECKED = tuple(variable.name for variable in CHECK_VARIABLES)
 
 
 class RowWriter(Protocol):
@@ -39,6 +42,10 @@ class RowWriter(Protocol):
         """Records that a row could not be measured."""
         ...
 
+    def annotate(self, attributes: Mapping[str, str]) -> None:
+        """Adds attributes of the run."""
+        ...
+
     def close(self) -> None:
         """Ends the writing."""
         ...
@@ -52,6 +59,8 @@ class NothingWritten:
     def write(self, table: str, step: int, row: Mapping[str, Any]) -> None: ...
 
     def fail(self, table: str, step: int, reason: str) -> None: ...
+
+    def annotate(self, attributes: Mapping[str, str]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -85,6 +94,7 @@ class ProbeRecorder:
         probes: the instruments.
         steps: length of the run: a probe is due at steps 0, every, 2 every, ... below it. None where it is not known.
         schedules: other schedules than that, by probe.
+        words: what makes of a failure's reason one whose way out can be typed by who reads it.
     """
 
     def __init__(
@@ -94,24 +104,38 @@ class ProbeRecorder:
         partition: Partition,
         steps: int | None,
         schedules: Mapping[str, Schedule] | None = None,
+        words: Callable[[str], str] = str,
     ) -> None:
-        self.writer = writer
+        self.writer, self.words = writer, words
         self.schedule: dict[str, Container[int]] = {}
         self.probes = list(probes)
         for probe in probes:
             schedule = (schedules or {}).get(probe.name, Every(steps=probe.every))
             rows = schedule.below(steps)
             self.schedule[probe.name] = schedule if rows is None else frozenset(rows)
-            writer.add_table(probe.table(partition), None if rows is None else list(rows))
+            table = probe.table(partition)
+            table = replace(table, variables=(*table.variables, *CHECK_VARIABLES))
+            writer.add_table(table, None if rows is None else list(rows))
 
     def due(self, step: int) -> list[Probe]:
         """Returns the probes that measure at this step."""
         return [probe for probe in self.probes if step in self.schedule[probe.name]]
 
-    def record(self, probe: Probe, snapshot: Snapshot) -> Measurement:
+    def has_place(self, probe: Probe, step: int) -> bool:
+        """Tells whether a probe's table can take a row of this step, due or not."""
+        rows = self.schedule[probe.name]
+        return not isinstance(rows, frozenset) or step in rows
+
+    def record(
+        self, probe: Probe, snapshot: Snapshot, checked: Mapping[str, float] | None = None
+    ) -> Measurement:
         """Measures one row and writes it; a probe that raises leaves its row marked with the reason.
 
-        Of several processes, where one fails all do, with its reason.
+        A row whose products are not symmetric beyond rounding fails. Of several processes, where one fails all do, with
+        its reason.
+
+        Args:
+            checked: the row's variables that are known from its checks (CHECK_VARIABLES); default: NaN.
 
         Raises:
             UserError: the disk is full.
@@ -126,12 +150,14 @@ class ProbeRecorder:
                 row: dict[str, Any] = dict(probe.measure(snapshot))
                 if not np.isfinite(float(row["loss"])):
                     raise FloatingPointError(f"the loss on the probe's batch is {float(row['loss'])}")
+                check_symmetry(float(row.get("symmetry_gap", nan)), snapshot.parameters.dtype)
         except ProcessLost:
             raise
         except Exception as error:  # whatever it is, training must go on
             return self.fail(probe, snapshot.step, error, time.perf_counter() - start)
         seconds = time.perf_counter() - start
         row.update(seconds=seconds, peak_memory=peak_memory(device, processes))
+        row.update({name: (checked or {}).get(name, nan) for name in CHECKED})
         self.writer.write(probe.name, snapshot.step, {name: _array(value) for name, value in row.items()})
         return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=row)
 
@@ -141,10 +167,21 @@ class ProbeRecorder:
         Raises:
             UserError: the disk is full.
         """
-        told = isinstance(error, (UserError, PeerFailed))  # in words for the reader
-        reason = str(error) if told else f"{type(error).__name__}: {error}"
+        reason = self.words(reason_of(error))
         self.writer.fail(probe.name, step, reason)
         return Measurement(probe=probe.name, step=step, seconds=seconds, row=None, failure=reason)
+
+
+def check_symmetry(gap: float, dtype: torch.dtype) -> None:
+    """Raises a FloatingPointError where products are not symmetric beyond rounding; a gap that is NaN was not measured."""
+    limit = torch.finfo(dtype).eps ** 0.4
+    if gap > limit:
+        raise FloatingPointError(
+            f"products are not symmetric: |u.Av - v.Au| / (|u| |Av|) is {gap:.2g} and rounding leaves below {limit:.2g}; "
+            "they are not those of a curvature matrix. Likely: activations in half precision inside the model's forward; an "
+            "autograd.Function whose backward is not the derivative of its forward; randomness or state that changes from "
+            "pass to pass"
+        )
 
 
 def _array(value: Any) -> Any:

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from curvlinops import GGNLinearOperator
-from products import FlatLogits
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,6 +20,7 @@ from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.validation.stages.costs import FlatLogits
 
 TARGET, COUNTS = 0.05, (6, 14, 26, 86)
 LAW = 0.25  # how far error ~ probes^-1/2 may be off where it is used

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from coupling_to_target import Need, gradients_to_target
-from products import peak_growth
 from torch import nn
 
 from hessprobe.analysis.grouping import block_importance, greedy_grouping, merge_gains, relative_decrease
@@ -34,6 +32,7 @@ from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
+from hessprobe.validation.timing import median_seconds, peak_growth
 
 # Name -> the decoder, and sequences x tokens of the batch.
 DECODERS: dict[str, tuple[DecoderConfig, tuple[int, int]]] = {
@@ -78,27 +77,11 @@ class Problem:
 
     def peak(self, call: Callable[[], object]) -> float:
         """Returns by how many bytes memory grew during a call: the GPU's, or the process's resident set."""
-        if self.device == "cpu":
-            return peak_growth(call)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_growth(call, torch.device(self.device))
 
     def median_times(self, calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
         """Returns each call's median seconds over interleaved rounds, after one that warms up."""
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for attempt in range(rounds + 1):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                if self.device != "cpu":
-                    torch.cuda.synchronize()
-                if attempt:
-                    times[name].append(time.perf_counter() - start)
-        return {name: statistics.median(seconds) for name, seconds in times.items()}
+        return median_seconds(calls, rounds, torch.device(self.device))
 
 
 def one_round(problem: Problem, rounds: int) -> None:

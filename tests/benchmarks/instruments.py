@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from curvlinops import GGNLinearOperator, hutchinson_squared_fro, hutchinson_trace
 from curvlinops.papyan2020traces.spectrum import fast_lanczos
-from products import FlatLogits
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,6 +41,7 @@ from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.recipe import Recipe
 from hessprobe.training.recorder import build_probes
+from hessprobe.validation.stages.costs import FlatLogits
 
 TINY = DecoderConfig(layers=1, width=16, feedforward=32, heads=2, vocabulary=32, context=8)
 PRESETS = ("light", "standard", "deep")

@@ -10,15 +10,12 @@ its own for each, at its third call, since what earlier calls leave in the heap 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +28,10 @@ from hessprobe.curvature.hessian import Hessian
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.transformer import Decoder, DecoderConfig
+from hessprobe.validation.stages.costs import FlatLogits
+from hessprobe.validation.timing import peak_growth
 
 ROWS = 16
-
-
-class FlatLogits(nn.Module):
-    """The decoder with tokens flattened, as curvlinops and CrossEntropyLoss take them together."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens).flatten(0, 1)
 
 
 def cases(width: int, layers: int, sequences: int) -> tuple[dict[str, tuple[Callable[[], object], int]], str]:
@@ -108,28 +96,11 @@ def cases(width: int, layers: int, sequences: int) -> tuple[dict[str, tuple[Call
     return contenders, line
 
 
-def peak_growth(call: Callable[[], object]) -> float:
-    """Returns by how many bytes the resident set rose above its start during a call."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
-
-
 def memory_of(name: str, options: argparse.Namespace) -> float:
     """Returns peak_growth of one contender's third call in a process of its own."""
     given = {k: v for k, v in vars(options).items() if k != "memory_of"}
     command = [sys.executable, __file__, "--memory-of", name, *(f"--{k}={v}" for k, v in given.items())]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def _status(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return float(line.split()[1]) * 1024
-    raise KeyError(field)
 
 
 def main() -> None:

@@ -28,6 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"training", "probes"},
     "analysis": {"store"},
     "report": {"analysis", "store"},
+    # Looks at everything, and only the command line knows it (see the test below).
+    "validation": {"recipe", "problem", "curvature", "kernels", "estimation", "optimization", "store", "probes", "training",
+                   "analysis", "report"},
 }  # fmt: skip
 # Where the code goes beyond that: LayerKernels hands out Estimates and shares coupling's formula. Estimation knows
 # nothing of kernels in turn, so there is still one direction (the test on circles).
@@ -108,6 +111,16 @@ def test_every_stage_imports_only_those_before_it():
     wrong = [str(found) for found in ours if stage_of(found.file) not in DOORS and not allowed(found)]
     assert not wrong, "\n".join(wrong)
     assert len(ours) > 100
+
+
+def test_only_the_command_line_imports_the_validation():
+    others = [
+        str(found)
+        for found in all_imports()
+        if found.module.split(".")[1:2] == ["validation"]
+        and stage_of(found.file) not in ("validation", "cli")
+    ]
+    assert not others, "\n".join(others)
 
 
 def test_every_folder_and_file_is_a_stage():

@@ -372,7 +372,7 @@ def test_its_cost_counts_passes_and_sums_of_outer_products():
         ({"kind": "kfak"}, "no Kronecker factorisation named 'kfak'.*kfac, ekfac"),
         ({"fisher": "type-2"}, "no fisher named 'type-2'.*mc, exact, empirical"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"largest": 2}, "no nn.Linear with sides up to 2"),
+        ({"largest": 2}, "an nn.Linear with sides up to 2, trained"),
     ],
 )
 def test_mistakes_are_named(options, message):
@@ -403,3 +403,39 @@ def test_factors_that_are_not_finite_stop_the_run():
     problem = Problem(perceptron(3, 4), [(real(g, 5, 3) * 1e200, real(g, 5, 4))], "squared_error")
     with pytest.raises(RunFailed, match="not finite"):
         factors_of(problem)
+
+
+class Twice(nn.Module):
+    """Calls its only linear layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x).tanh())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_layer_that_can_be_factored_is_said(kind):
+    """Not an empty stand-in for G, which would be taken for a curvature of zero."""
+    model = Twice().double()
+    batch = (torch.randn(2, 4, 3, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.long))
+    partition = Partition.of(model, "parameter")
+    with pytest.raises(
+        UserError, match=r"called once in a forward pass. Of Twice's, inner.weight, inner.bias"
+    ):
+        kronecker_factors(Objective(model), batch, partition, kind=kind, generator=seeded(0))
+
+
+def test_a_curvlinops_that_has_changed_is_named(monkeypatch):
+    import curvlinops
+
+    monkeypatch.delattr(curvlinops.EKFACLinearOperator, "compute_eigenvalue_correction")
+    with pytest.raises(
+        UserError, match=r"no EKFACLinearOperator.compute_eigenvalue_correction; .*>=3.0.1,<4"
+    ):
+        factors_of(models.decoder(seeded(0)))
+    monkeypatch.delattr(curvlinops, "KFACLinearOperator")
+    with pytest.raises(UserError, match=r"curvlinops 3\S* has no KFACLinearOperator;"):
+        factors_of(models.decoder(seeded(0)))

@@ -110,8 +110,9 @@ def test_the_network_is_run_once_for_any_number_of_products() -> None:
     case.problem.model.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(3):
         operator.apply(case.rows(2))
-    # Once a piece, and once for the first one's comparison with the other engine.
-    assert operator.from_graphs and len(operator.pieces) == 2 and len(calls) == 3
+    # Once a piece, once for the first one's comparison with the other engine, and four times, once for a model, to see
+    # whether that engine is to be believed.
+    assert operator.from_graphs and len(operator.pieces) == 2 and len(calls) == 7
 
 
 def test_kept_graphs_stay_at_the_theta_they_were_made_at() -> None:

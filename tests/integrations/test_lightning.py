@@ -204,13 +204,60 @@ def test_a_training_that_breaks_off_keeps_its_rows_and_frees_the_folder(tmp_path
     assert not list((tmp_path / "run").glob(".*.lock"))
 
 
-def test_sharded_strategies_are_refused_by_name(tmp_path):
+def test_sharded_strategies_are_named_and_training_goes_on(tmp_path, caplog):
     class Sharded:
         global_step, optimizers = 0, ()
         strategy = type("FSDPStrategy", (), {})()
 
-    with pytest.raises(UserError, match="FSDPStrategy has sharded"):
-        ProbeCallback(tmp_path / "run").on_train_start(Sharded(), Language())
+    callback = ProbeCallback(tmp_path / "run")
+    for _ in range(2):
+        callback.on_train_start(Sharded(), Language())
+        callback.on_train_batch_end(Sharded(), Language(), None, None, 0)
+        callback.on_exception(Sharded(), Language(), RuntimeError())
+        callback.on_train_end(Sharded(), Language())
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "FSDPStrategy has sharded" in caplog.text
+
+
+def fails(*_: object) -> Any:
+    raise KeyError("of the user's own")
+
+
+@pytest.mark.parametrize("given", [{"objective": fails}, {"forward": fails}, {"partition": fails}])
+def test_what_fails_once_training_has_begun_is_logged_and_training_ends_as_without(tmp_path, given, caplog):
+    bare = fit(Language, tmp_path)
+    assert same_weights(
+        bare, fit(Language, tmp_path, ProbeCallback(tmp_path / "run", SMALL, every=2, **given))
+    )
+    assert "KeyError" in caplog.text and "in fails" in caplog.text
+
+
+@pytest.mark.parametrize("state", [{}, {"step": "three"}, {"step": -2}, None])
+def test_a_strange_state_in_a_checkpoint_counts_from_0(tmp_path, state):
+    callback = ProbeCallback(tmp_path / "run")
+    callback.load_state_dict(state)
+    assert callback.step == 0
+
+
+def test_a_second_fit_goes_on_where_steps_go_on_and_is_beside_where_they_start_again(tmp_path, caplog):
+    callback, options = (
+        ProbeCallback(tmp_path / "run", SMALL, every=3),
+        {"max_epochs": 1, "limit_test_batches": 1},
+    )
+    pl.seed_everything(4, verbose=False)
+    quiet = {
+        "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }  # fmt: skip
+    module, trainer = Language(), pl.Trainer(callbacks=[callback], **quiet, **options)
+    trainer.fit(module, loader())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader())
+    assert tables(tmp_path / "run")["cross_layer"].step.values.tolist() == [0, 3, 6, 9]
+    assert not caplog.records
+    pl.Trainer(callbacks=[callback], **quiet, **options).fit(module, loader())
+    assert tables(tmp_path / "run-2")["cross_layer"].step.values.tolist() == [0, 3]
+    assert "is recorded beside it" in caplog.text
 
 
 def test_without_the_library_the_error_names_the_command(monkeypatch):

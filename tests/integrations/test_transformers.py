@@ -232,12 +232,14 @@ class Stream(IterableDataset):
         return (texts[i % len(texts)] for i in range(100))
 
 
-def test_a_stream_needs_batches_of_its_own(tmp_path, monkeypatch):
+def test_a_stream_needs_batches_of_its_own(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(globals(), "training_set", lambda kind: Stream())
-    with pytest.raises(UserError, match=r"training set is a stream \(Stream\).*pass batches="):
-        train("gpt2", tmp_path, ProbeCallback(tmp_path / "refused", SMALL))
-    batch = collate([Texts("gpt2")[i] for i in range(4)], "gpt2")
     bare = train("gpt2", tmp_path)
+    said = train("gpt2", tmp_path, ProbeCallback(tmp_path / "refused", SMALL))
+    assert same_weights(bare, said)
+    assert "training set is a stream (Stream)" in caplog.text and "pass batches=" in caplog.text
+    assert not (tmp_path / "refused").exists()
+    batch = collate([Texts("gpt2")[i] for i in range(4)], "gpt2")
     probed = train(
         "gpt2", tmp_path, ProbeCallback(tmp_path / "run", SMALL, every=2, batches=lambda step: batch)
     )
@@ -246,15 +248,112 @@ def test_a_stream_needs_batches_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("setting", ["fsdp", "deepspeed"])
-def test_sharded_trainers_are_refused(tmp_path, setting):
+def test_sharded_trainers_are_told_once_and_train_on(tmp_path, setting, caplog):
     args = SimpleNamespace(**{"fsdp": "", "deepspeed": None} | {setting: "full_shard"})
-    with pytest.raises(UserError, match="DeepSpeed or FSDP have sharded: train with DistributedDataParallel"):
-        ProbeCallback(tmp_path / "run").on_train_begin(args, None, None, model=None)
+    callback, state = ProbeCallback(tmp_path / "run"), SimpleNamespace(global_step=1)
+    for _ in range(2):
+        callback.on_train_begin(args, None, None, model=None)
+        callback.on_step_end(args, state, None)
+        callback.on_train_end(args, state, None)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "DeepSpeed or FSDP have sharded: train with DistributedDataParallel" in caplog.text
 
 
-def test_a_mistake_is_said_before_the_first_step(tmp_path):
-    with pytest.raises(UserError, match="no probe named 'cross_layers'"):
-        train("gpt2", tmp_path, ProbeCallback(tmp_path / "run", "cross_layers"))
+MISTAKES = {
+    "probe": ({"probes": "cross_layers"}, "no probe named 'cross_layers'"),
+    "option": ({"probes": {"cross_layer": {"sequence": 4}}}, "no option in .cross_layer. named 'sequence'"),
+    "schedule": ({"every": "often"}, "every='often'"),
+    "partition": ({"partition": "layers"}, "no partition named 'layers'. Did you mean 'layer'"),
+    "two losses": ({"objective": hp.Objective, "loss": "squared_error"}, "loss= given beside an objective"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_said_where_the_callback_is_made(tmp_path, mistake):
+    given, said = MISTAKES[mistake]
+    with pytest.raises(UserError, match=said):
+        ProbeCallback(tmp_path / "run", **given)
+
+
+def fails(*_: object, **__: object) -> Any:
+    raise KeyError("of the user's own")
+
+
+IN_TRAINING: dict[str, dict[str, Any]] = {
+    "an objective that raises": {"objective": fails},
+    "batches that raise": {"batches": fails},
+    "batches of a strange type": {"batches": lambda step: object()},
+    "a forward that raises": {"forward": fails},
+    "a partition that raises": {"partition": fails},
+    "blocks that do not exist": {"probes": {"gn_hessian": {"density_blocks": ["block.9"]}}},
+}
+
+
+@pytest.mark.parametrize("fault", IN_TRAINING)
+def test_what_fails_once_training_has_begun_is_logged_and_training_ends_as_without(tmp_path, fault, caplog):
+    bare = train("gpt2", tmp_path, max_steps=2)
+    probed = train(
+        "gpt2", tmp_path, ProbeCallback(tmp_path / "run", every=1, **IN_TRAINING[fault]), max_steps=2
+    )
+    assert same_weights(bare, probed)
+    assert [record for record in caplog.records if record.name == "hessprobe"]
+
+
+def test_a_folder_that_cannot_be_written_is_logged(tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    bare = train("gpt2", tmp_path, max_steps=2)
+    probed = train("gpt2", tmp_path, ProbeCallback(tmp_path / "file" / "run", SMALL, every=1), max_steps=2)
+    assert same_weights(bare, probed)
+    assert "cannot write a run to" in caplog.text
+
+
+def test_ctrl_c_passes_through(tmp_path):
+    def stop(step: int) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("gpt2", tmp_path, ProbeCallback(tmp_path / "run", SMALL, batches=stop))
+
+
+class SmallDevice(Trainer):
+    """Pretends that more than two sequences do not fit from a step on."""
+
+    fits_until = 0
+
+    def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        if len(inputs["input_ids"]) > 2 and self.state.global_step >= self.fits_until:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().training_step(model, inputs, *rest, **more)
+
+
+@pytest.mark.parametrize("fits_until", [0, 1])
+def test_a_retry_with_a_smaller_batch_goes_on_or_is_recorded_beside(
+    tmp_path, fits_until, monkeypatch, caplog
+):
+    monkeypatch.setitem(globals(), "Trainer", SmallDevice)
+    monkeypatch.setattr(SmallDevice, "fits_until", fits_until)
+    options = {"auto_find_batch_size": True, "max_steps": 2}
+    bare = train("gpt2", tmp_path, **options)
+    probed = train("gpt2", tmp_path, ProbeCallback(tmp_path / "run", SMALL, every=1), **options)
+    assert same_weights(bare, probed)
+    last = tmp_path / ("run-2" if fits_until else "run")  # nothing was recorded: the same log
+    assert tables(last)["cross_layer"].step.values.tolist() == [0, 1]
+    assert sum("is recorded beside it" in record.getMessage() for record in caplog.records) == fits_until
+
+
+def test_a_second_train_is_recorded_beside_the_first(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    callback = ProbeCallback("run", SMALL, every=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # as launchers and some data libraries do
+    trainer = train("gpt2", tmp_path, callback, max_steps=2)
+    trainer.train()
+    for name in ("run", "run-2"):
+        assert tables(tmp_path / name)["cross_layer"].step.values.tolist() == [0, 1]
+    assert not [f for f in (tmp_path / "elsewhere").iterdir() if "run" in f.name]
+    assert [r.getMessage() for r in caplog.records if r.name == "hessprobe"] == [
+        f"{tmp_path / 'run'} holds a run already: this one is recorded beside it, in {tmp_path / 'run-2'}"
+    ]
 
 
 def test_without_the_library_the_error_names_the_command(monkeypatch):

@@ -357,8 +357,8 @@ def test_a_sequence_that_cannot_be_taken_alone_is_measured_in_the_whole_batch():
 
 def test_outputs_in_another_form_are_refused_with_the_way_out():
     class Tuples(nn.Linear):
-        def forward(self, input: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-            return super().forward(input), None
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(input), input
 
     model = Tuples(3, 4)
     batch = (torch.randn(3, 3), torch.zeros(3, dtype=torch.long))

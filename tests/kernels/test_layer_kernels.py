@@ -517,3 +517,53 @@ def test_a_sequence_without_targets_weighs_nothing():
     for quantity in ("population", "batch"):
         mean = kernels.block_norms(quantity).mean
         assert torch.allclose(mean, without.block_norms(quantity).mean, rtol=1e-10)
+
+
+# -- one sequence, and float64 -----------------------------------------------------------------------------
+
+
+@cache
+def one_sequence(rounds: int) -> list[LayerKernels]:
+    return [world(True).measured(torch.tensor([3]), seed, rounds=rounds) for seed in range(SEEDS)]
+
+
+@pytest.mark.parametrize("rounds", [2, 4])
+def test_the_batch_quantity_of_one_sequence_is_unbiased(rounds):
+    """Its pairs are those of its rounds; it needs no other sequence."""
+    here = world(True)
+    truth = here.truth(here.gauss_newton(torch.tensor([3])))["block_norms"]
+    found = [kernels.block_norms("batch") for kernels in one_sequence(rounds)]
+    trials = Trials(found, truth, diagonal=True)
+    assert trials.z.abs().max() < 3.5, trials.z
+    if rounds == 2:  # one pair: nothing is known of its error, and nothing is claimed
+        assert trials.stderr.isnan().all()
+        assert found[0].mean.isfinite().all() and one_sequence(2)[0].coupling("batch").mean.isfinite().all()
+        assert all(ends.isnan().all() for ends in one_sequence(2)[0].block_norm_intervals("batch"))
+    else:
+        assert (trials.honesty > 0.7).all() and (trials.honesty < 2).all(), trials.honesty
+    with pytest.raises(UserError, match="1 sequence: the population quantity needs pairs of different"):
+        one_sequence(rounds)[0].block_norms()
+
+
+def test_kernels_of_a_float64_model_are_float64_throughout():
+    """Against gradients of every sequence alone, for cotangents that the data decide: ragged, so that scales are roots."""
+    here, chosen = world(True), torch.arange(6)
+    along = torch.randn(here.partition.size, generator=seeded(1), dtype=torch.float64)
+    kernels = here.measured(chosen, 0, 2, 4, rounds=1, cotangent="empirical", along={"v": along})
+    rows = []
+    for b in chosen.tolist():
+        logits = here.model(here.x[b, None]).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, here.y[b], ignore_index=IGNORED, reduction="sum")
+        own = dict(
+            zip(
+                (name for name, _ in here.model.named_parameters()),
+                torch.autograd.grad(loss, list(here.model.parameters())),
+                strict=True,
+            )
+        )
+        rows.append(torch.cat([own[name].flatten() for name in here.partition.names]) / here.tokens[b].sqrt())
+    w = torch.stack(rows)
+    wanted = torch.stack([w[:, i] @ w[:, i].T for i in here.slices])
+    assert oracles.relative_error(kernels.kernel, wanted) < 1e-12
+    wanted = torch.stack([w[:, i] @ along[i] for i in here.slices])
+    assert oracles.relative_error(kernels.alignment["v"], wanted) < 1e-12

@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessprobe.errors import UserError
 from hessprobe.kernels.sketches import COTANGENTS, draw_cotangent
-from hessprobe.problem.losses import loss_named
+from hessprobe.problem.losses import Loss, loss_named
 from tests.models import IGNORED, labels, logcosh, real, seeded
 from tests.oracles import logit_hessians
 
 DRAWS, TOKENS, CLASSES = 20_000, 4, 5
-CASES = [(loss, kind) for loss in ("cross_entropy", "squared_error") for kind in ("sampled", "sign")]
+_WEIGHT = torch.tensor([1.0, 4.0, 0.2, 2.0, 0.5], dtype=torch.float64)
+TORCH_LOSSES = {
+    "mean_squared_error": nn.MSELoss(reduction="sum"),
+    "class_weights": nn.CrossEntropyLoss(weight=_WEIGHT, reduction="sum"),
+    "label_smoothing": nn.CrossEntropyLoss(weight=_WEIGHT, label_smoothing=0.2, reduction="sum"),
+    "probabilities": nn.CrossEntropyLoss(weight=_WEIGHT, reduction="sum"),
+    "binary": nn.BCEWithLogitsLoss(pos_weight=_WEIGHT, reduction="sum"),
+}
+REAL = ("squared_error", "mean_squared_error", "binary", "probabilities")
+LOSSES = ("cross_entropy", "squared_error", *TORCH_LOSSES)
+CASES = [(loss, kind) for loss in LOSSES for kind in ("sampled", "sign")]
+
+
+def named(loss: str) -> Loss:
+    """Returns hessprobe's loss of a case: of torch's own as users write it, with its mean."""
+    if loss not in TORCH_LOSSES:
+        return loss_named(loss)
+    given = copy.deepcopy(TORCH_LOSSES[loss])
+    given.reduction = "mean"
+    return loss_named(given)
+
+
+def hessians(loss: str, z: Tensor, y: Tensor) -> Tensor:
+    """Returns the dense second derivative of every token's loss (n, c, c): for torch's own losses, torch's own."""
+    if loss not in TORCH_LOSSES:
+        return logit_hessians(loss, z, y)
+    one = [lambda x, i=i: TORCH_LOSSES[loss](x[None], y[i : i + 1]) for i in range(len(z))]
+    return torch.stack([torch.autograd.functional.hessian(f, row) for f, row in zip(one, z, strict=True)])
 
 
 def _outputs_and_targets(loss: str, tokens: int = TOKENS, ignore: float = 0.0) -> tuple[Tensor, Tensor]:
     generator = seeded(4)
     z = 1.5 * real(generator, tokens, CLASSES)
-    if loss == "squared_error":
-        return z, real(generator, tokens, CLASSES)
+    if loss in REAL:
+        y = real(generator, tokens, CLASSES)
+        return z, {"binary": (y > 0).double(), "probabilities": y.softmax(-1)}.get(loss, y)
     return z, labels(generator, CLASSES, tokens, ignore=ignore)
 
 
@@ -29,12 +59,12 @@ def _draws(loss: str, kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     z, y = _outputs_and_targets(loss)
     repeated = draw_cotangent(
         kind,
-        loss_named(loss),
+        named(loss),
         z.repeat(DRAWS, 1),
         y.repeat(DRAWS, *([1] * (y.dim() - 1))),
         generator=seeded(seed),
     )
-    return repeated.view(DRAWS, TOKENS, CLASSES), logit_hessians(loss, z, y)
+    return repeated.view(DRAWS, TOKENS, CLASSES), hessians(loss, z, y)
 
 
 @pytest.mark.parametrize(("loss", "kind"), CASES)
@@ -108,21 +138,21 @@ def test_ignored_tokens_get_zero_and_the_others_do_not(kind):
     assert (c[~ignored].abs().sum(1) > 0).all()
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_empirical_is_the_loss_s_own_gradient(loss):
     z, y = _outputs_and_targets(loss, ignore=0.3)
     z.requires_grad_()
-    (wanted,) = torch.autograd.grad(loss_named(loss).value(z, y), z)
-    got = draw_cotangent("empirical", loss_named(loss), z.detach(), y, generator=seeded(0))
+    (wanted,) = torch.autograd.grad(named(loss).value(z, y), z)
+    got = draw_cotangent("empirical", named(loss), z.detach(), y, generator=seeded(0))
     assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(("loss", "kind"), CASES)
 def test_a_seed_means_the_same_draws_in_every_precision(loss, kind):
     z, y = _outputs_and_targets(loss, tokens=30)
-    fine = draw_cotangent(kind, loss_named(loss), z, y, generator=seeded(7))
-    again = draw_cotangent(kind, loss_named(loss), z, y, generator=seeded(7))
-    coarse = draw_cotangent(kind, loss_named(loss), z.float(), y, generator=seeded(7))
+    fine = draw_cotangent(kind, named(loss), z, y, generator=seeded(7))
+    again = draw_cotangent(kind, named(loss), z, y, generator=seeded(7))
+    coarse = draw_cotangent(kind, named(loss), z.float(), y, generator=seeded(7))
     assert torch.equal(fine, again)
     assert coarse.dtype == torch.float32 and torch.allclose(coarse.double(), fine, atol=1e-5)
 
@@ -136,5 +166,8 @@ def test_an_unknown_kind_names_the_known_ones():
 @pytest.mark.parametrize("kind", ["sampled", "sign"])
 def test_a_loss_without_a_known_root_names_the_way_out(kind):
     z, _ = _outputs_and_targets("squared_error")
-    with pytest.raises(UserError, match=r"got logcosh: use block_norms\(GaussNewton"):
+    with pytest.raises(
+        UserError,
+        match=r"got logcosh: .*\"method\": \"products\".*cross_layer\.method=products.*block_norms\(GaussN",
+    ):
         draw_cotangent(kind, loss_named(logcosh), z, z, generator=seeded(0))

@@ -136,11 +136,55 @@ def test_an_unfinished_solve_is_stored_with_its_residual():
 # -- batches that cannot be taken --------------------------------------------------------------------------
 
 
-def test_fewer_sequences_than_laid_out_are_refused_with_the_numbers():
-    with pytest.raises(
-        UserError, match=r"9 sequences in this batch, and 10 are laid out \(2 x 3 .*, 4 held out\)"
-    ):
-        PreconditionerProbe(recipe(draws=2, held_out_sequences=4)).measure(snapshot())
+# Recipe, and what a batch of 9 sequences has of it: draws, sizes, held-out sequences, of a recipe of its own.
+FEWER = {
+    "draws": ({"draws": 2, "held_out_sequences": 4}, (1, [2, 3], 4)),
+    "sizes": ({"curvature_sequences": (2, 3, 6), "held_out_sequences": 6}, (1, [2, 3], 6)),
+    "held out": ({"curvature_sequences": (3,), "held_out_sequences": 9, "folds": 9}, (1, [2], 7)),
+    "below the smallest": (
+        {"curvature_sequences": (20, 40), "held_out_sequences": 40, "folds": 8},
+        (1, [4], 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FEWER)
+def test_fewer_sequences_than_laid_out_are_measured_as_a_recipe_of_that_size_and_said_once(what, caplog):
+    given, (draws, sizes, held_out) = FEWER[what]
+    given = {"draws": 1, **given}
+    probe = PreconditionerProbe(recipe(**given))
+    row, _ = probe.measure(snapshot()), probe.measure(snapshot())
+    folds = min(probe.recipe.folds, held_out)
+    own, _ = measured(
+        **{
+            **given,
+            "draws": draws,
+            "curvature_sequences": sizes,
+            "held_out_sequences": held_out,
+            "folds": folds,
+        }
+    )
+    read = row["curvature_sequences_read"]
+    assert read[: len(sizes)].tolist() == sizes and np.isnan(read[len(sizes) :]).all()
+    assert row["held_out_sequences_read"] == held_out
+    assert row["sequences"] == 9 and own["gradient_equivalents"] == pytest.approx(row["gradient_equivalents"])
+    for name in ("efficiency", "efficiency_held_out", "efficiency_held_out_stderr"):
+        np.testing.assert_allclose(row[name][:draws, :, : len(sizes)], own[name], rtol=1e-6)
+        assert np.isnan(row[name][draws:]).all() and np.isnan(row[name][:, :, len(sizes) :]).all()
+    np.testing.assert_allclose(row["block_efficiency"], own["block_efficiency"], rtol=1e-6)
+    np.testing.assert_allclose(row["fold_tokens"][:folds], own["fold_tokens"])
+    assert (
+        not row["fold_tokens"][folds:].any()
+        and not row["slope_held_out"][:draws, :, : len(sizes), :, folds:].any()
+    )
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "9 sequences in this batch, and " in said and "curvature_sequences_read" in said
+
+
+def test_a_single_sequence_is_refused():
+    one = snapshot()
+    with pytest.raises(UserError, match="1 sequence in this batch, and it needs at least 2"):
+        PreconditionerProbe(recipe()).measure(replace(one, batches=[tuple(x[:1] for x in one.batches[0])]))
 
 
 class Crowd(nn.Module):

@@ -1,4 +1,4 @@
-"""gelu and silu inside `closed_form_activations`: the same function, and second derivatives equal to autograd's."""
+"""gelu and silu inside `exact_rules`: the same function, and second derivatives equal to autograd's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessprobe.problem.activations import closed_form_activations
+from hessprobe.problem.operation_rules import exact_rules
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -46,7 +46,7 @@ def test_second_derivatives_equal_those_of_the_formula_written_out(name: str) ->
             tangents
         )
 
-    with closed_form_activations():
+    with exact_rules("cpu"):
         found = along(ACTIVATIONS[name])
         single = torch.func.jvp(lambda x: weighted_gradient(ACTIVATIONS[name], x), (X,), (tangents[0],))[1]
     expected = along(written_out(name))
@@ -61,7 +61,7 @@ def test_reverse_over_reverse_equals_the_formula_written_out(name: str) -> None:
         (first,) = torch.autograd.grad(torch.sin(f(x)).sum(), x, create_graph=True)
         return torch.autograd.grad(first.square().sum(), x)[0]
 
-    with closed_form_activations():
+    with exact_rules("cpu"):
         found = second(ACTIVATIONS[name])
     torch.testing.assert_close(found, second(written_out(name)), rtol=1e-9, atol=1e-11)
 
@@ -69,13 +69,13 @@ def test_reverse_over_reverse_equals_the_formula_written_out(name: str) -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_values_are_torchs_own_bit_for_bit(name: str) -> None:
     x = X.float()
-    with closed_form_activations():
+    with exact_rules("cpu"):
         found = ACTIVATIONS[name](x)
     assert torch.equal(found, ACTIVATIONS[name](x))
 
 
 def test_an_activation_in_place_stays_in_place() -> None:
     x = X.clone()
-    with closed_form_activations():
+    with exact_rules("cpu"):
         y = F.silu(x, inplace=True)
     assert y is x and torch.equal(x, F.silu(X))

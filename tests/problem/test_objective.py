@@ -222,7 +222,7 @@ def test_an_unknown_loss_is_named_with_the_valid_ones():
 
 
 def test_a_reduced_loss_function_is_told():
-    _, objective = classifier(loss=nn.functional.cross_entropy)
+    _, objective = classifier(loss=lambda z, y: nn.functional.cross_entropy(z, y))
     with pytest.raises(UserError, match="wanted one loss per token.*unreduced"):
         objective.loss((torch.zeros(2, 3).double(), torch.zeros(2).long()))
 

@@ -117,6 +117,8 @@ def preconditioner_row(
             row["ritz_max"][c], row["ritz_min"][c], row["condition"][c] = 20.0 / (c + 1), 0.5, 40.0 / (c + 1)
     row |= {
         "loss": 3.0, "tokens": float(TOKENS * recipe.sequences), "sequences": float(recipe.sequences), "loss_held_out": 3.1,
+        "held_out_sequences_read": float(recipe.held_out_sequences),
+        "curvature_sequences_read": np.array(recipe.curvature_sequences, float),
         "symmetry_gap": 2e-7, "seconds": 20.0, "gradient_equivalents": 300.0, "peak_memory": 4e8,
     }  # fmt: skip
     return row

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table
 from hessprobe.store.writer import RunWriter
 from hessprobe.training import recorder
 from hessprobe.training.loop import train
-from hessprobe.training.recorder import ProbeRecorder, build_probes, peak_memory
+from hessprobe.training.recorder import ProbeRecorder, build_probes, check_symmetry, peak_memory
 from tests import models
 from tests.training.runs import recipe, state, tables
 
@@ -39,7 +41,10 @@ class Scripted(Probe):
         loss = self.script[snapshot.step // self.every]
         if isinstance(loss, Exception):
             raise loss
-        row = dict.fromkeys((v.name for v in MEASUREMENT_VARIABLES), 1.0) | {"loss": torch.tensor(loss)}
+        row = dict.fromkeys((v.name for v in MEASUREMENT_VARIABLES), 1.0) | {
+            "loss": torch.tensor(loss),
+            "symmetry_gap": 0.0,
+        }
         return {name: value for name, value in row.items() if name not in ("seconds", "peak_memory")}
 
     def cost(self, partition: Partition) -> float:
@@ -52,6 +57,13 @@ FAILURES = {
     "an exception": (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
     "not a number": (math.nan, "FloatingPointError: the loss on the probe's batch is nan"),
 }
+
+
+def place_in_tests(function: Any) -> str:
+    """Returns where a function raises, as a reason names it."""
+    lines, first = inspect.getsourcelines(function)
+    line = first + next(i for i, text in enumerate(lines) if "raise " in text)
+    return f"{Path(__file__).relative_to(Path.cwd())}:{line}, in {function.__name__}"
 
 
 def snapshot(step: int) -> Snapshot:
@@ -70,6 +82,8 @@ def test_a_failed_row_carries_its_reason_and_the_next_one_is_measured(tmp_path, 
     with RunWriter.create(tmp_path, {}) as writer:
         held = ProbeRecorder(writer, [probe], snapshot(0).partition, steps=6)
         found = [held.record(probe, snapshot(step)) for step in (0, 2, 4)]
+    if type(raised) not in (UserError, float):  # then the place in the code that raised it is named
+        reason += f" ({place_in_tests(Scripted.measure)})"
     assert [measurement.failure for measurement in found] == ["", reason, ""]
     assert [measurement.row is None for measurement in found] == [False, True, False]
     table = tables(tmp_path)["scripted"]
@@ -88,8 +102,9 @@ def test_a_run_whose_probe_always_fails_ends_as_if_it_had_none(tmp_path, monkeyp
     train(recipe(tmp_path / "bare", *settings), tmp_path / "bare")
     assert torch.equal(state(tmp_path / "run")["parameters"], state(tmp_path / "bare")["parameters"])
     table = tables(tmp_path / "run")["cross_layer"]
-    assert table.failure.values.tolist() == ["RuntimeError: vmap: no batching rule for [aten::/weird]"] * 2
-    assert "no batching rule for [aten::/weird] (training goes on)" in capsys.readouterr().err
+    reason = f"RuntimeError: vmap: no batching rule for [aten::/weird] ({place_in_tests(refuse)})"
+    assert table.failure.values.tolist() == [reason] * 2
+    assert f"{reason} (training goes on)" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_no_failed_probe(tmp_path, monkeypatch):
@@ -147,3 +162,12 @@ def test_probes_are_built_by_name_each_once_with_their_own_settings():
     assert isinstance(probe, CrossLayerProbe)
     assert (probe.every, probe.sequences) == (7, 9)
     assert build_probes(build_recipe({})) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_that_are_not_symmetric_are_no_row(dtype):
+    limit = torch.finfo(dtype).eps ** 0.4
+    for gap in (0.0, limit / 2, float("nan")):
+        check_symmetry(gap, dtype)
+    with pytest.raises(FloatingPointError, match=r"products are not symmetric.*half precision.*pass to pass"):
+        check_symmetry(2 * limit, dtype)

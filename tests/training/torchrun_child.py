@@ -29,6 +29,7 @@ from hessprobe.store.rows import TableRows
 from hessprobe.training import loop, process_group
 from hessprobe.training.optimizers import FirstOrderOptimizer
 from tests.contracts.training_child import warm_up
+from tests.training.in_double import decoders_in_double
 
 
 def before(of: type, name: str, act: Callable[..., None]) -> None:
@@ -134,6 +135,7 @@ def free_port() -> int:
 def main() -> None:
     """Serves one command after the other."""
     torch.set_num_threads(1)
+    decoders_in_double()
     warm_up()
     hessprobe.report.page.write_report = lambda run, destination=None: Path(run, "report.html")
     for line in sys.stdin:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.probes.probe import Probe
+from hessprobe.problem.partition import PARTITIONS
 from hessprobe.recipe import build_recipe
 from hessprobe.training.probe_schedule import Every, Schedule, schedule_of
 from hessprobe.training.recorder import build_probes
@@ -64,6 +65,13 @@ def choose(chosen: Chosen, every: Any, *, sequences: int | None, seed: int) -> C
         schedule = schedules[name]
         dumped[name]["every"] = schedule.steps if isinstance(schedule, Every) else str(schedule)
     return ChosenProbes(probes=probes, schedules=schedules, recipe={**dumped, "probes": names})
+
+
+def check_choice(probes: Chosen, every: Any, partition: Any, sequences: int | None) -> None:
+    """Raises a UserError for a recorder's arguments that are wrong whatever the model."""
+    choose(probes, every, sequences=sequences, seed=0)
+    if isinstance(partition, str) and partition not in PARTITIONS:
+        raise unknown_name("partition", partition, [*PARTITIONS, "a function name -> block"])
 
 
 def _schedules(every: Any, probes: Iterable[Probe]) -> dict[str, Schedule]:

@@ -6,8 +6,9 @@ of the batch, or is inside a region that all leave together (Processes.together)
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -21,11 +22,15 @@ from hessprobe.probes.probe import Probe, Snapshot
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.processes import ProcessLost
+from hessprobe.problem.row_checks import UNCHECKED, Checked, RowChecks
 from hessprobe.problem.shares import is_sharded
 from hessprobe.training.any_loop.meeting import Meeting, OutOfStep, Part
 from hessprobe.training.any_loop.probe_batches import first_sequences, own_sequences, placed
 from hessprobe.training.any_loop.torch_optimizers import running
+from hessprobe.training.any_loop.undisturbed import undisturbed
 from hessprobe.training.recorder import Measurement, ProbeRecorder
+
+LOGGER = logging.getLogger("hessprobe")
 
 
 class Measuring:
@@ -35,6 +40,9 @@ class Measuring:
         objective: with the meeting's processes.
         optimizers: what trains.
         seed: of the probes' random vectors.
+
+    Attributes:
+        at_present: whether a loss that is passed is of the weights as they are now; else of those before the step.
     """
 
     def __init__(
@@ -50,6 +58,8 @@ class Measuring:
         self.meeting, self.processes, self.recorder = meeting, meeting.processes, recorder
         self.sharded = is_sharded(objective.model)
         self._before: tuple[int, Tensor, RunningOptimizer | None] | None = None
+        self.at_present = False
+        self._checks, self._noted = RowChecks(objective, partition, undisturbed), set[str]()
 
     def keep_before(self, step: int, due: Sequence[Probe]) -> None:
         """Keeps theta, and the optimizer where a probe asks for it, as they are before a step that is due.
@@ -67,8 +77,17 @@ class Measuring:
         """Frees what was kept."""
         self._before = None
 
-    def rows(self, step: int, due: Sequence[Probe], batch: Any) -> list[Measurement]:
+    def pretend_update(self) -> None:
+        """Takes theta before the step for slightly other than it was: a row that is tried then costs what a row costs."""
+        self.at_present = True
+        if self._before is not None:
+            self._before[1].mul_(1 + 1e-3)
+
+    def rows(self, step: int, due: Sequence[Probe], batch: Any, *, trained: Any = None) -> list[Measurement]:
         """Measures and writes the rows that are due, a failed one with its reason.
+
+        Args:
+            trained: the loss that the loop itself computed on the batch, where it says so.
 
         Raises:
             UserError: the disk is full.
@@ -79,7 +98,7 @@ class Measuring:
         start = time.perf_counter()
         try:
             try:
-                snapshot = self._snapshot(step, due, batch)
+                snapshot, checked = self._snapshot(step, due, batch, trained)
             except ProcessLost:
                 raise
             except Exception as error:  # in all processes: in this one, or told by another
@@ -90,7 +109,7 @@ class Measuring:
                     raise
             else:
                 for probe in due:
-                    found.append(self._row(probe, snapshot))
+                    found.append(self._row(probe, snapshot, checked))
         except ProcessLost as error:
             with suppress(Exception):
                 for probe in due[len(found) :]:
@@ -98,7 +117,7 @@ class Measuring:
             raise
         return found
 
-    def _row(self, probe: Probe, snapshot: Snapshot) -> Measurement:
+    def _row(self, probe: Probe, snapshot: Snapshot, checked: Checked) -> Measurement:
         with self.processes.together():
             start = time.perf_counter()
             try:
@@ -108,29 +127,37 @@ class Measuring:
             except UserError as error:  # they cannot be cut, in no process
                 return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
             try:
-                return self.recorder.record(probe, replace(snapshot, batches=own))
+                return self.recorder.record(probe, replace(snapshot, batches=own), checked.row)
             except UserError:  # a full disk
                 raise
             except ValueError as error:  # a row that does not fit the probe's own table
                 return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
 
-    def _snapshot(self, step: int, due: Sequence[Probe], batch: Any) -> Snapshot:
-        before, optimizer = None, None
+    def _snapshot(
+        self, step: int, due: Sequence[Probe], batch: Any, trained: Any
+    ) -> tuple[Snapshot, Checked]:
+        before, optimizer, checked = None, None, UNCHECKED
         if self._before is not None and self._before[0] == step:
             _, before, optimizer = self._before
         self._before = None
+
+        def check(given: Any) -> None:
+            nonlocal checked
+            checked = self._checked(given, before, trained)
+
         if self.processes.count == 1:
             batches = batch() if callable(batch) else batch
+            check(batches)
         else:
             solver = "no optimizer" if optimizer is None else f"optimizer {optimizer.solver!r}"
             known = "" if before is None else f"theta and {solver}"
             batches, alike = self.meeting.all_parts(
-                step, tuple(names(due)), lambda: self._part(due, batch, known)
+                step, tuple(names(due)), lambda: self._part(due, batch, known, check)
             )
             before, optimizer = (before, optimizer) if alike else (None, None)
         with self.processes.together():
             theta = self._theta()
-            return Snapshot(
+            snapshot = Snapshot(
                 step=step,
                 objective=self.objective,
                 partition=self.partition,
@@ -140,10 +167,29 @@ class Measuring:
                 seed=self.seed,
                 optimizer=optimizer,
             )
+        return snapshot, checked
 
-    def _part(self, due: Sequence[Probe], batch: Batch, known: str) -> Part:
+    def _checked(self, batch: Any, before: Tensor | None, trained: Any) -> Checked:
+        """Returns what the checks find of this process's whole batch; in no talk with the others.
+
+        Nothing of sharded parameters: each pass needs all processes, and they have batches of other sizes.
+        """
+        if self.sharded:
+            return UNCHECKED
+        theta = self._theta() if before is None or self.at_present else before
+        batches = self.objective.micro_batches(placed(batch, theta.device))
+        found = self._checks.check(batches, theta, trained, before=before is not None or self.at_present)
+        for note in found.notes:
+            if note not in self._noted and self.processes.is_first:
+                LOGGER.warning("%s (said once)", note)
+            self._noted.add(note)
+        return found
+
+    def _part(self, due: Sequence[Probe], batch: Batch, known: str, check: Callable[[Any], None]) -> Part:
         """Returns what this process brings to the rows: as many of its sequences as any of them reads."""
         given, limit = batch() if callable(batch) else batch, max(probe.sequences for probe in due)
+        if self._holds_targets(given):
+            check(given)
         weights = 0.0, 0.0
         if self.sharded:  # a pass needs all processes, so each must have its own sequences to run
             limit = max(1, limit // self.processes.count)
@@ -155,6 +201,10 @@ class Measuring:
             known=known,
             weights=weights,
         )
+
+    def _holds_targets(self, given: Any) -> bool:
+        """Tells whether there is anything to check: one of several processes may have had nothing to read."""
+        return self.objective.tokens(given) > 0
 
     def _theta(self) -> Tensor:
         """Returns theta in at least float32: curvature in half precision is noise. Empty where it is sharded."""

@@ -8,25 +8,24 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from hessprobe.problem.module_state import ModuleState
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts back, when left: the random states of torch, numpy and Python, gradients, buffers, train and eval modes.
+    """Puts back, when left: the random states of torch, numpy and Python, gradients, train and eval modes, and what
+    the modules keep between forward passes, in buffers and plain attributes.
 
     Inside, no gradient is set (a backward pass then adds to none of the user's), gradients can be taken although the
     caller may have switched them off, and compiled parts run eagerly, so that they are not compiled anew for shapes or
-    parameters that only a measurement has. Cost: a copy of the buffers.
+    parameters that only a measurement has. Cost: a copy of the buffers and
+    of tensors in plain attributes.
     """
     modes = {module: module.training for module in model.modules()}
     gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in modes
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    state = ModuleState(model, copied=None)
     python, numpy = random.getstate(), np.random.get_state()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     for p, _ in gradients:
@@ -36,6 +35,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.random.fork_rng(devices),
             torch.compiler.set_stance("force_eager"),
             torch.inference_mode(False),
+            _deterministic_where_possible(),
             torch.enable_grad(),
         ):
             yield
@@ -46,13 +46,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
         for module, mode in modes.items():
             module.training = mode
-        for module, name, buffer, was in buffers:
-            _put_back(module, name, buffer, was)
+        state.restore()
 
 
-@torch.no_grad()
-def _put_back(module: nn.Module, name: str, buffer: Tensor, was: Tensor) -> None:
-    """Restores a buffer that was replaced or written to; one that was not is left alone, its version counter too."""
-    module._buffers[name] = buffer
-    if not torch.equal(buffer, was):
-        buffer.copy_(was)
+@contextmanager
+def _deterministic_where_possible() -> Iterator[None]:
+    """Where the caller wants deterministic algorithms, lets what has none warn, not raise: cumulative sums on CUDA."""
+    wanted = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)

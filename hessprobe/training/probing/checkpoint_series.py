@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.objective import Batch
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.recipe import PROBES, Recipe, build_recipe
 
 # What a measurement takes from a recipe; the rest is about training, or is the checkpoint's to say.
@@ -28,8 +28,8 @@ class Reader(Protocol):
         """JSON-able facts about the origin."""
         ...
 
-    def batch(self, *, seed: int, step: int, sequences: int, stream: str) -> Batch:
-        """Returns a batch, a pure function of its arguments."""
+    def batch(self, *, seed: int, step: int, sequences: int, stream: str) -> Batch | list[Batch]:
+        """Returns a batch or micro-batches, a pure function of its arguments."""
         ...
 
 
@@ -56,6 +56,10 @@ class CheckpointSeries(Protocol):
 
     def model(self) -> nn.Module:
         """Returns the model with the first checkpoint's weights, on the CPU."""
+        ...
+
+    def objective(self, model: nn.Module) -> Objective:
+        """Returns the model and its loss."""
         ...
 
     def place(self, number: int, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hessprobe.errors import UserError
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe, build_recipe, read_recipe
 from hessprobe.training.checkpoint import FILE, Start, checkpoint_file, load_start
@@ -90,6 +91,9 @@ class OwnCheckpoints:
         self.place(0, model)
         return model
 
+    def objective(self, model: nn.Module) -> Objective:
+        return Objective(model)
+
     def place(self, number: int, model: nn.Module) -> None:
         partition = Partition.of(model, self.recipe.partition)
         partition.assign(model, self._start(number, partition).parameters)
@@ -115,7 +119,8 @@ def _recipe_beside(file: Path) -> Recipe:
             return build_recipe(read_recipe(folder / RECIPE_FILE))
     raise UserError(
         f"{file} lies in no run's folder (there is no {RECIPE_FILE} beside its folder), so its model and data are not "
-        f"known: give RUN or RUN/checkpoint/{FILE}; of transformers give the folder, not a file in it"
+        f"known: give RUN or RUN/checkpoint/{FILE}; of transformers give the folder, not a file in it; of any other code "
+        "say which model it is, --model module:function"
     )
 
 
@@ -126,5 +131,5 @@ def _step_of(file: Path, given: str) -> int:
     except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, OSError) as error:
         raise UserError(
             f"{given}: {file} is no checkpoint of hessprobe, or it is damaged; give a run's folder or its "
-            f"checkpoint/{FILE}"
+            f"checkpoint/{FILE}, or --model module:function for a file of another code"
         ) from error

@@ -13,6 +13,7 @@ from torch import nn
 from hessprobe.errors import UserError
 from hessprobe.problem.labelled_texts import LabelledTexts
 from hessprobe.problem.masked_corpus import MaskedCorpus
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.pretrained import CLASSIFICATION, CONFIG, MASKED, Pretrained
 from hessprobe.problem.tokenizer import load_tokenizer
 from hessprobe.recipe import ModelRecipe
@@ -35,7 +36,8 @@ def spread(given: str) -> list[str]:
     inside = f"; runs in it: {', '.join(runs)}" if runs else ""
     raise UserError(
         f"{given} holds no model: neither checkpoint/state.pt (a run of hessprobe) nor {CONFIG} (transformers){inside}. "
-        "An adapter alone is none either: merge it into its model first"
+        "An adapter alone is none either: merge it into its model first. Files of another code's weights need --model "
+        "module:function"
     )
 
 
@@ -99,6 +101,9 @@ class PretrainedCheckpoints:
 
     def model(self) -> nn.Module:
         return self.first.load()
+
+    def objective(self, model: nn.Module) -> Objective:
+        return Objective(model)
 
     def place(self, number: int, model: nn.Module) -> None:
         put_parameters(model, self.checkpoints[number].load().state_dict())

@@ -22,15 +22,18 @@ from hessprobe.probes.probe import Probe, Snapshot
 from hessprobe.problem.batches import pieces_of
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.row_checks import RowChecks
 from hessprobe.recipe import PROBES, Recipe
 from hessprobe.store.writer import RunWriter
 from hessprobe.training.any_loop.probe_batches import placed
+from hessprobe.training.any_loop.undisturbed import undisturbed
 from hessprobe.training.console import RunConsole
 from hessprobe.training.loggers import ScalarLog, check_loggers
 from hessprobe.training.probe_schedule import At
 from hessprobe.training.probing.checkpoint_series import MEASURED_WITH, CheckpointSeries, Reader, steps_of
 from hessprobe.training.probing.own_checkpoints import OwnCheckpoints, own_checkpoint
 from hessprobe.training.probing.pretrained_checkpoints import PretrainedCheckpoints, spread
+from hessprobe.training.probing.state_dicts import StateDicts
 from hessprobe.training.recorder import Measurement, ProbeRecorder, build_probes
 from hessprobe.training.setup import RECIPE_FILE, machine_attributes, pick_device
 
@@ -45,6 +48,7 @@ def open_series(
     data: str | None = None,
     sequences: int | None = None,
     context: int | None = None,
+    model: str | None = None,
 ) -> CheckpointSeries:
     """Returns checkpoints of one model, to be measured; no weights are read yet.
 
@@ -55,10 +59,13 @@ def open_series(
         data: another source than the run's own; see DataRecipe.source. For a classifier lines of JSON.
         sequences: how many a row reads (the preconditioner probe reads as many again, held out).
         context: tokens in a sequence.
+        model: "module:function" that makes the model whose weights the files hold: Lightning's .ckpt, plain state_dicts.
 
     Raises:
         UserError: no such model, models that differ, a kind that is not known, a missing library, a mistaken setting.
     """
+    if model is not None:
+        return StateDicts(models, settings, model=model, data=data, sequences=sequences, context=context)
     files = {given: own_checkpoint(given) for given in models}
     own = [file for file in files.values() if file is not None]
     how: dict[str, Any] = {"data": data, "sequences": sequences, "context": context}
@@ -79,7 +86,7 @@ def measure_series(series: CheckpointSeries, folder: Path) -> None:
         UserError: weights or data that cannot be read, a folder that holds a run or cannot be written, a full disk.
         RunFailed: no row could be measured; the log says why.
     """
-    recipe = series.recipe
+    recipe, folder = series.recipe, folder.absolute()
     if (folder / "log.zarr").exists():
         raise UserError(f"{folder} holds a run already: give another folder with --out")
     check_loggers(recipe.loggers)
@@ -96,6 +103,8 @@ def measure_series(series: CheckpointSeries, folder: Path) -> None:
         probe.table(partition)  # a mistake in its section is told before there is a folder
     if counted:
         console.say("steps", counted)
+    for note in getattr(series, "notes", ()):
+        console.say("note", note)
     described = _described(series, steps)
     attributes = {
         **machine_attributes(folder, device, partition),
@@ -111,9 +120,12 @@ def measure_series(series: CheckpointSeries, folder: Path) -> None:
         _write_recipe(series, folder)
         due = dict.fromkeys((probe.name for probe in probes), At(steps=frozenset(steps)))
         recorder = ProbeRecorder(writer, probes, partition, None, due)
-        objective, found = Objective(model), []
+        objective, found = series.objective(model), []
+        # A model of hessprobe's own repeats itself, its sequences are apart, and its loss is the objective's.
+        own = isinstance(series, OwnCheckpoints)
+        checks = None if own else RowChecks(objective, partition, undisturbed)
         for number, step in enumerate(steps):
-            for measurement in _rows(recorder, series, number, step, objective, partition, reader):
+            for measurement in _rows(recorder, series, number, step, objective, partition, reader, checks):
                 _say(console, measurement, series.names[number])
                 scalars.measured(measurement)
                 found.append(measurement)
@@ -131,6 +143,7 @@ def _rows(
     objective: Objective,
     partition: Partition,
     reader: Reader,
+    checks: RowChecks | None,
 ) -> Iterator[Measurement]:
     """Measures one checkpoint by every probe."""
     began = time.perf_counter()
@@ -146,6 +159,8 @@ def _rows(
         began = time.perf_counter()
         try:
             batches = _batches(series, probe, series.reads[number], reader, parameters.device)
+            # The batch is the row's own, so that its loss is known; and there is no loop that trains on it.
+            checked = {"activation_bits": checks.check(batches).activation_bits} if checks else {}
         except Exception as error:
             yield recorder.fail(probe, step, error, time.perf_counter() - began)
             continue
@@ -160,6 +175,7 @@ def _rows(
                 update=None,
                 seed=series.recipe.seed,
             ),
+            checked,
         )
 
 
@@ -170,6 +186,8 @@ def _batches(
     batch = reader.batch(
         seed=series.recipe.seed, step=step, sequences=probe.sequences, stream=f"probe/{probe.name}"
     )
+    if isinstance(batch, list):
+        return placed(batch, device)
     targets = batch["labels"] if isinstance(batch, dict) else batch[1]
     pieces = math.ceil(targets.numel() * series.vocabulary / LOGITS)
     return [placed(part, device) for part in (pieces_of(batch, pieces) if pieces > 1 else [batch])]

@@ -49,7 +49,7 @@ class Seen(Probe):
         loss, _ = snapshot.objective.gradient(snapshot.batches, snapshot.partition, snapshot.named_parameters)
         if self.keep:
             self.snapshots.append(snapshot)
-        return {**dict.fromkeys(MEASURED, 1.0), "loss": loss}
+        return {**dict.fromkeys(MEASURED, 1.0), "symmetry_gap": 0.0, "loss": loss}
 
 
 class Clumsy(Seen):
@@ -72,6 +72,11 @@ class Clumsy(Seen):
 def recorder(folder: Path, loop: Loop, probes: Any = CROSS_LAYER, **options: Any) -> Recorder:
     given = {"partition": "module", "optimizer": loop.optimizers, "every": 2} | options
     return Recorder(folder, Objective(loop.model), probes, **given)
+
+
+def heard(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Returns what was logged, but for the note on the batch statistics of these loops' models."""
+    return [record for record in caplog.records if "another function" not in record.getMessage()]
 
 
 def assert_untouched(found: dict[str, Any], bare: dict[str, Any]) -> None:
@@ -102,8 +107,12 @@ def test_not_even_a_clumsy_probe_leaves_a_trace(tmp_path, mode):
         found = run(loop, 4, torch.no_grad()(held) if mode == "inside no_grad" else held)
     assert_untouched(found, bare)
     (table,) = tables(tmp_path).values()
-    reason = "RuntimeError: fell over" if mode == "a clumsy probe" else ""
-    assert table.failure.values.tolist() == [reason] * 4
+    reasons = table.failure.values.tolist()
+    if mode == "a clumsy probe":  # the place in the user's own code is named
+        assert all("RuntimeError: fell over (" in reason for reason in reasons)
+        assert all(reason.endswith(", in measure)") and "test_recorder.py:" in reason for reason in reasons)
+    else:
+        assert reasons == [""] * 4
 
 
 def test_a_row_sees_theta_before_the_step_and_the_update_that_was_made(tmp_path):
@@ -234,6 +243,17 @@ def test_the_same_seed_gives_the_same_rows_and_another_gives_others(tmp_path):
     np.testing.assert_array_equal(one.loss.values, other.loss.values)
 
 
+def test_a_relative_folder_is_the_one_at_construction(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    loop = plain()
+    with recorder(Path("run"), loop, every=1) as held:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        run(loop, 3, held)
+    assert tables(tmp_path / "run")["cross_layer"].failure.values.tolist() == [""] * 3
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_step_that_is_not_due_takes_less_than_50_microseconds(tmp_path):
     loop, batch = plain(), next(batches(1))
     probes = ["cross_layer", "gn_hessian", Seen()]
@@ -303,7 +323,7 @@ def test_what_goes_wrong_is_in_the_row_and_said_once(tmp_path, caplog):
     assert ["no token carries a target" in str(reason) for reason in table.failure.values] == [True] * 3 + [
         False
     ]
-    assert len(caplog.records) == 1
+    assert len(heard(caplog)) == 1
     assert "step 0: cross_layer failed: no token carries a target" in caplog.text
 
 
@@ -357,7 +377,7 @@ def test_epochs_that_count_from_0_again_are_warned_of_and_training_goes_on(tmp_p
                 held(step, batch)
         held(4, batch)
     assert tables(tmp_path)["seen"].step.values.tolist() == [0, 2, 4]
-    assert [record.getMessage()[:38] for record in caplog.records] == [
+    assert [record.getMessage()[:38] for record in heard(caplog)] == [
         "step 0 came after step 2, and nothing "
     ]
 
@@ -371,7 +391,7 @@ def test_a_full_disk_ends_the_recording_not_the_training(tmp_path, monkeypatch, 
         monkeypatch.setattr(RunWriter, "write", full)
         assert_untouched(run(loop, 4, held), bare)
         assert not held.active
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert [record.levelname for record in heard(caplog)] == ["ERROR"]
     assert "no space left on disk. Recording has stopped; training goes on" in caplog.text
 
 
@@ -408,6 +428,161 @@ def test_a_mistake_in_the_call_is_said_before_training(tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("step", ["three", 2.5, None, float("nan")])
+def test_a_step_that_is_no_number_is_said_once_and_training_goes_on(tmp_path, step, caplog):
+    loop, batch = plain(), next(batches(1))
+    with recorder(tmp_path, loop, Seen(keep=False), every=1) as held:
+        assert [held(step, batch), held(step, batch), held.due(step)] == [(), (), []]
+        assert len(held(0, batch)) == 1
+    assert [record.getMessage() for record in heard(caplog)] == [
+        f"step {step!r} is no whole number, and nothing is recorded of it: count optimizer steps, from 0"
+    ]
+
+
+def test_a_recorder_may_be_closed_twice_and_called_afterwards(tmp_path, caplog):
+    held = recorder(tmp_path, plain(), Seen(keep=False), every=1)
+    held.close()
+    held.close()
+    assert held(0, next(batches(1))) == held.measure("late", next(batches(1))) == ()
+    assert not held.check(next(batches(1))).probes
+    assert tables(tmp_path)["seen"].sizes["step"] == 0
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "no"), FileNotFoundError(2, "gone"), OSError(5, "torn")]
+)
+def test_a_folder_that_is_lost_ends_the_recording_not_the_training(tmp_path, monkeypatch, caplog, error):
+    def lost(*_: object) -> None:
+        raise error
+
+    bare, loop = run(plain(), 3), plain()
+    with recorder(tmp_path, loop, Seen(keep=False), every=1) as held:
+        monkeypatch.setattr(RunWriter, "write", lost)
+        monkeypatch.setattr(RunWriter, "close", lost)
+        assert_untouched(run(loop, 3, held), bare)
+        assert not held.active
+    assert "Recording has stopped; training goes on" in caplog.text
+
+
+def test_a_batch_that_asks_to_stop_stops(tmp_path):
+    def interrupted() -> Any:
+        raise KeyboardInterrupt
+
+    with recorder(tmp_path, plain(), every=1) as held, pytest.raises(KeyboardInterrupt):
+        held(0, interrupted)
+
+
+class Refuses(Seen):
+    """Fails alike, but for numbers, until it is told that all is well."""
+
+    def __init__(self) -> None:
+        super().__init__(keep=False)
+        self.tried, self.well = [], False
+
+    def measure(self, snapshot: Snapshot) -> Row:
+        self.tried.append(snapshot.step)
+        if not self.well:
+            raise UserError(f"{snapshot.step} sequences are too few")
+        return super().measure(snapshot)
+
+
+def test_a_hopeless_failure_is_tried_ever_more_seldom_and_recovers(tmp_path, caplog):
+    probe, batch = Refuses(), next(batches(1))
+    with recorder(tmp_path, plain(), probe, every=1) as held:
+        for step in range(20):
+            held(step, batch)
+        assert probe.tried == [0, 1, 2, 3, 5, 9, 17]
+        held.retry("seen")
+        held(20, batch)
+        probe.well = True
+        for step in range(21, 25):
+            held(step, batch)
+    assert probe.tried[7:] == [20, 21, 22, 23, 24]
+    failures = tables(tmp_path)["seen"].failure.values.tolist()
+    assert all("sequences are too few" in reason for reason in failures[:21])
+    assert failures[21:] == [""] * 4
+    assert "not tried again yet" in failures[4]
+    assert sum("is tried ever more seldom" in record.getMessage() for record in caplog.records) == 1
+    assert "recorder.retry('seen')" in caplog.text
+
+
+def test_a_failure_names_the_place_in_the_users_own_code_in_one_line(tmp_path):
+    def loses(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise IndexError("out of\nrange")
+
+    probes = {"cross_layer": {"sequences": 8, "method": "products"}}
+    with Recorder(tmp_path, build(), probes, every=1, partition="module", loss=loses) as held:
+        (found,) = held(0, next(batches(1)))
+    line = loses.__code__.co_firstlineno + 1
+    assert found.failure.startswith("IndexError: out of range (")
+    assert found.failure.endswith(f"test_recorder.py:{line}, in loses)")
+
+
+def test_a_check_says_what_rows_cost_writes_none_and_changes_nothing(tmp_path, capsys):
+    bare, loop = run(plain(), 3), plain()
+    probes = [{"cross_layer": {"sequences": 8}}, Clumsy(), Seen()]
+    with recorder(tmp_path, loop, probes, every=2) as held:
+        found = held.check(next(batches(1)))
+        assert_untouched(run(loop, 3, held), bare)
+        again = held.check(next(batches(1)))
+    assert [probe.probe for probe in found.probes] == ["cross_layer", "clumsy", "seen"]
+    assert not found.ok and "fell over" in found.probes[1].failure
+    assert (
+        found.probes[0].seconds > 0 and found.probes[0].steps == found.probes[0].seconds / found.step_seconds
+    )
+    assert "every=" in str(found.probes[0])
+    assert (
+        found.step_from == "taken as one gradient of this batch" and again.step_from == "the mean of 2 so far"
+    )
+    assert capsys.readouterr().out == f"{found}\n{again}\n"
+    assert tables(tmp_path)["cross_layer"].step.values.tolist() == [0, 2]
+    assert np.isfinite(tables(tmp_path)["cross_layer"].step_slope.values).all()
+
+
+def test_weights_are_measured_by_label_as_they_are(tmp_path):
+    loop, probe, thetas = plain(), Seen(), []
+    with recorder(tmp_path, loop, probe, every=10) as held:
+        for label in ("first.pt", 7, np.int64(5), "last.pt", "first.pt"):
+            loop.step([next(batches(1))])
+            thetas.append(held.partition.vector(loop.model))
+            held.measure(label, next(batches(1)))
+    assert [snapshot.step for snapshot in probe.snapshots] == [0, 7, 5, 8, 0]
+    for snapshot, theta in zip(probe.snapshots, thetas, strict=True):
+        assert torch.equal(snapshot.parameters, theta) and snapshot.update is None
+    assert sorted(tables(tmp_path)["seen"].step.values.tolist()) == [0, 5, 7, 8]
+    assert json.loads(attributes(tmp_path)["labels"]) == {"0": "first.pt", "8": "last.pt"}
+    with recorder(tmp_path, plain(), probe, every=10, resume=True) as held:
+        held.measure("last.pt", next(batches(1)))
+        held.measure("new", next(batches(1)))
+    assert json.loads(attributes(tmp_path)["labels"])["9"] == "new"
+
+
+def test_measuring_in_between_leaves_the_next_rows_update_known(tmp_path):
+    loop, probe = plain(), Seen()
+    with recorder(tmp_path, loop, probe, every=1) as held:
+        held.measure("start", next(batches(1)))
+        run(loop, 2, held)
+    assert [snapshot.update is None for snapshot in probe.snapshots] == [True, False, False]
+
+
+def test_the_loss_is_said_beside_the_model(tmp_path):
+    def pair(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch["x"])
+
+    inputs, targets = next(batches(1))
+    given = {"forward": pair, "targets": lambda batch: batch["y"], "loss": "cross_entropy", "ignore_index": 0}
+    with Recorder(tmp_path / "one", build(), CROSS_LAYER, every=1, partition="module", **given) as held:
+        (found,) = held(0, {"x": inputs, "y": targets})
+    assert found.failure == ""
+    assert found.row["tokens"] == int((targets != 0).sum())
+    objective = Objective(build())
+    with pytest.raises(UserError, match="forward= given beside an objective, which has its own"):
+        Recorder(tmp_path / "two", objective, CROSS_LAYER, forward=pair)
+    Recorder(tmp_path / "three", objective, CROSS_LAYER, partition="module", loss="cross_entropy").close()
+    with pytest.raises(UserError, match="wanted the model that is trained .* got dict"):
+        Recorder(tmp_path / "four", {}, CROSS_LAYER)
+
+
 def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path):
     with recorder(tmp_path, plain()):
         pass
@@ -417,6 +592,8 @@ def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path):
         recorder(tmp_path, plain())
     with recorder(tmp_path, plain(), resume=True), recorder(tmp_path / "new", plain(), resume=True):
         assert (tmp_path / "new" / "log.zarr").is_dir()
+    with recorder(tmp_path, plain(), beside=True) as held:
+        assert held.folder == tmp_path.with_name(f"{tmp_path.name}-2")
     with pytest.raises(UserError, match="was recorded differently"):
         recorder(tmp_path, plain(), {"cross_layer": {"sequences": 7}}, resume=True)
 

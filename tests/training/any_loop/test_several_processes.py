@@ -173,7 +173,7 @@ def four_in_float64(processes: Processes, folder: Path) -> None:
 
 
 def four_in_float32(processes: Processes, folder: Path) -> None:
-    same_tables(processes, folder, torch.float32, 1e-6)
+    same_tables(processes, folder, torch.float32, 1e-4)  # no processor rounds so; a wrong share is far more
 
 
 def two_in_float64(processes: Processes, folder: Path) -> None:

@@ -135,7 +135,7 @@ class TestPretrained:
         model = Pretrained.find(str(folder)).load()
         loss = F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
         loss.backward()
-        np.testing.assert_allclose(row.loss.item(), loss.item(), rtol=1e-6)
+        np.testing.assert_allclose(row.loss.item(), loss.item(), rtol=1e-5)
         named = {name: p.grad for name, p in model.named_parameters()}
         partition = Partition.of(model)
         norms = [
@@ -153,7 +153,7 @@ class TestPretrained:
         batch = corpus.batch(seed=0, step=0, sequences=6, stream="probe/cross_layer")
         with torch.no_grad():
             loss = Pretrained.find(str(folder)).load()(**batch).loss
-        np.testing.assert_allclose(row.loss.item(), loss.item(), rtol=1e-6)
+        np.testing.assert_allclose(row.loss.item(), loss.item(), rtol=1e-5)
         assert row.tokens.item() == int((batch["labels"] >= 0).sum()) > 0
         assert (row.fro2 > 0).all()
 
@@ -166,7 +166,7 @@ class TestPretrained:
         assert not batch["attention_mask"].all()  # some are padded
         with torch.no_grad():
             loss = Pretrained.find(str(folder)).load()(**batch).loss
-        np.testing.assert_allclose(row.loss.item(), loss.item(), rtol=1e-6)
+        np.testing.assert_allclose(row.loss.item(), loss.item(), rtol=1e-5)
         assert row.tokens.item() == 6
         assert "bert.pooler.dense" in capsys.readouterr().err  # a name that no layer has, said once
 
@@ -219,7 +219,7 @@ class TestPretrained:
         cut = measured([folder], tmp_path / "cut", *FEW, data=text, context=12)
         assert sizes == [3]
         np.testing.assert_allclose(cut.fro2.values, whole.fro2.values, rtol=1e-4)
-        np.testing.assert_allclose(cut.loss.values, whole.loss.values, rtol=1e-6)
+        np.testing.assert_allclose(cut.loss.values, whole.loss.values, rtol=1e-5)
 
     def test_the_other_instruments_measure_too_and_what_is_about_an_update_is_not_a_number(self, tmp_path):
         folder = saved(tmp_path / "gpt2", "gpt2")

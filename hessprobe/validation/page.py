@@ -1,0 +1,45 @@
+"""The page of a validation: one file that opens offline, light and dark, with every figure and its limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from hessprobe.validation.figures import Figure
+
+if TYPE_CHECKING:
+    from hessprobe.validation.runner import Validation
+
+# What stands beside each other as bars: ratios to something a reader knows.
+BARS = ("gradients", "times bare", "times float32", "gradients' memory")
+
+
+def render_validation(found: Validation) -> str:
+    """Returns the page as HTML text."""
+    environment = Environment(
+        loader=PackageLoader("hessprobe.validation", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = Path(__file__).parents[1] / "report" / "templates" / "style.css"
+    return environment.get_template("validate.html.j2").render(
+        found=found,
+        bars={name: bars(found.of_stage(name)) for name in found.titles},
+        style=Markup(style.read_text(encoding="utf-8")),
+    )
+
+
+def bars(figures: Sequence[Figure]) -> dict[str, float]:
+    """Returns, by a ratio's name, how long its bar is in per cent of the longest of the same unit in this stage."""
+    found: dict[str, float] = {}
+    for unit in BARS:
+        own = {f.name: f.value for f in figures if f.unit == unit and f.value is not None and f.value > 0}
+        longest = max(own.values(), default=1.0)
+        found |= {name: round(100 * value / longest, 1) for name, value in own.items()}
+    return found

@@ -1,0 +1,205 @@
+"""What is asked of each architecture, one line a check: "ok", "refused: ..." or what went wrong.
+
+The oracle is the model's own loss and torch.autograd alone, double backward in float64: H v differentiates <gradient, v>,
+and G v = J^T (d2 loss / d logits2) J v with J v by differentiating J^T u in u. Nothing of the package is in it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hessprobe as hp
+from hessprobe.errors import UserError
+from tests.architectures.building import Architecture, built
+
+CHECKS = ("built", "partition", "loss", "gauss_newton", "hessian", "kernels", "unchanged")
+TOLERANCE = 1e-8
+
+
+@contextmanager
+def double_throughout() -> Iterator[None]:
+    """Keeps values in float64 where models cast them to float32 (norms, losses): that rounding is above the tolerance."""
+    to, single = torch.Tensor.to, torch.Tensor.float
+    kept = {torch.float32: torch.float64}
+
+    def cast(self: Tensor, *args: Any, **more: Any) -> Tensor:
+        changed = {key: kept.get(value, value) if key == "dtype" else value for key, value in more.items()}
+        return to(self, *(kept.get(x, x) if isinstance(x, torch.dtype) else x for x in args), **changed)
+
+    functions = {name: getattr(nn.functional, name) for name in ("softmax", "log_softmax")}
+    torch.Tensor.to, torch.Tensor.float = cast, lambda self: self.double()  # type: ignore[method-assign]
+    for name, function in functions.items():
+
+        def soft(x: Tensor, *args: Any, function: Any = function, **more: Any) -> Tensor:
+            return function(x, *args, **{k: v for k, v in more.items() if k != "dtype"})
+
+        setattr(nn.functional, name, soft)
+    try:
+        yield
+    finally:
+        torch.Tensor.to, torch.Tensor.float = to, single  # type: ignore[method-assign]
+        for name, function in functions.items():
+            setattr(nn.functional, name, function)
+
+
+def checked(architecture: Architecture, *, curvature: bool = True) -> dict[str, str]:
+    """Returns each check's outcome; a model that cannot be built, or gives no loss of its own, has the first alone."""
+    with double_throughout():
+        # Two towers' own loss contrasts the batch's examples: no sum over sequences, so nothing to measure layer by layer.
+        return _checked(architecture, curvature and architecture.kind != "two towers")
+
+
+def _checked(architecture: Architecture, curvature: bool) -> dict[str, str]:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    try:
+        model, batch = built(architecture, generator)
+        if curvature:
+            _shaken(model, generator)
+            own, logits = _own(model, batch)
+    except Exception as failure:
+        return {"built": _said(failure)}
+    found = {"built": "ok"}
+    before = [id(p) for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found["partition"] = _tried(lambda: recognised(model))
+        if curvature:
+            partition = hp.Partition.of(model)
+            objective = hp.Objective(model)
+            v = torch.randn(partition.size, generator=generator, dtype=torch.float64)
+            found["loss"] = _tried(lambda: _close(objective.loss(batch).detach(), own.detach()))
+            truth = _products(own, logits, model, partition, v)
+            for name, operator in (("gauss_newton", hp.GaussNewton), ("hessian", hp.Hessian)):
+                wanted = truth[name]
+                found[name] = _tried(
+                    lambda operator=operator, wanted=wanted: _close(
+                        operator(objective, batch, partition).apply(v[None])[0], wanted
+                    )
+                )
+            found["kernels"] = _tried(lambda: _kernels(objective, batch, partition))
+    same = before == [id(p) for p in model.parameters()]
+    return {**found, "unchanged": "ok" if same else "the model's parameters are other objects than before"}
+
+
+def recognised(model: nn.Module) -> str:
+    """Returns "ok" where embedding, blocks and head are there and nothing had to be said, else what is missing."""
+    partition = hp.Partition.of(model)
+    if partition.notes:
+        return partition.notes[0]
+    names = set(partition.blocks)
+    if not any("block." in name for name in names):
+        return f"no blocks among {', '.join(names)}"
+    # Some image models' stages begin with patch embeddings of their own (CvT, Segformer).
+    embeds = "embedding" in names or any("embed" in name for name in partition.names)
+    if "embedding+head" not in names and not (embeds and "head" in names):
+        return f"no embedding or no head among {', '.join(names)}"
+    return "ok"
+
+
+def _own(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Returns the model's own mean loss on a batch and the logits it depends on, with their graph."""
+    with sdpa_kernel(SDPBackend.MATH):
+        if not isinstance(batch, Mapping):
+            logits = model(batch[0])
+            return nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten()), logits
+        more = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        out = model(**batch, **more)
+    return out.loss, out.logits
+
+
+def _shaken(model: nn.Module, generator: torch.Generator) -> None:
+    """Moves every parameter a little: weights that start at zero would hide whole paths."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+
+
+def _products(
+    loss: Tensor, logits: Tensor, model: nn.Module, partition: hp.Partition, v: Tensor
+) -> dict[str, Tensor]:
+    """Returns G v and H v (p,), by double backward through the model's own loss."""
+    named = dict(model.named_parameters())
+    leaves = [named[name] for name in partition.names]
+    pieces = [x.view_as(p) for x, p in zip(v.split([p.numel() for p in leaves]), leaves, strict=True)]
+
+    def flat(grads: tuple[Tensor | None, ...]) -> Tensor:
+        return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1)
+                          for g, p in zip(grads, leaves, strict=True)])  # fmt: skip
+
+    def pulled(outputs: Tensor, inputs: Any, cotangent: Tensor | None = None, again: bool = True) -> Any:
+        return torch.autograd.grad(
+            outputs, inputs, cotangent, create_graph=again, retain_graph=True, allow_unused=True
+        )
+
+    def along(grads: tuple[Tensor | None, ...]) -> Tensor:
+        return sum((g * x).sum() for g, x in zip(grads, pieces, strict=True) if g is not None)  # type: ignore[return-value]
+
+    hessian = flat(pulled(along(pulled(loss, leaves)), leaves, again=False))
+    dual = torch.zeros_like(logits, requires_grad=True)
+    moved = pulled(along(pulled(logits, leaves, dual)), dual, again=False)[0]  # J v
+    slope = pulled(loss, logits)[0]
+    curved = pulled(slope, logits, moved, again=False)[0]
+    return {"gauss_newton": flat(pulled(logits, leaves, curved, again=False)), "hessian": hessian}
+
+
+def _kernels(objective: hp.Objective, batch: Any, partition: hp.Partition) -> str:
+    """Compares every diagonal entry's sum with the squared norms of the sequences' own gradients, block by block."""
+    kernels = hp.layer_kernels(
+        objective,
+        batch,
+        partition,
+        rounds=1,
+        cotangent="empirical",
+        generator=torch.Generator().manual_seed(1),
+    )
+    own = torch.diagonal(kernels.kernel, dim1=-2, dim2=-1)
+    wanted = torch.zeros_like(own)
+    for column, sequence in enumerate(kernels.sequence.tolist()):
+        gradient = _sequence_gradient(objective, batch, partition, sequence)
+        tokens = float(kernels.tokens[sequence])
+        for row, where in enumerate(partition.slices.values()):
+            wanted[row, column] = gradient[where].square().sum() / tokens
+    return _close(own, wanted)
+
+
+def _sequence_gradient(objective: hp.Objective, batch: Any, partition: hp.Partition, sequence: int) -> Tensor:
+    """Returns the gradient (p,) of the summed loss of one sequence's tokens, by one backward pass of the whole batch."""
+    named = dict(objective.model.named_parameters())
+    leaves = [named[name] for name in partition.names]
+    logits, targets = objective.outputs(batch), objective.targets(batch)
+    count, positions = objective.sequence_shape(batch)
+    own = torch.zeros(count, positions, dtype=torch.bool)
+    own[sequence] = True
+    kept = own.flatten() & (targets != -100)
+    loss = nn.functional.cross_entropy(logits[kept], targets[kept], reduction="sum")
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1)
+                      for g, p in zip(grads, leaves, strict=True)])  # fmt: skip
+
+
+def _close(got: Tensor, wanted: Tensor) -> str:
+    scale = float(wanted.abs().max())
+    gap = float((got.double() - wanted).abs().max()) / (scale or 1.0)
+    return "ok" if gap <= TOLERANCE else f"off by {gap:.1e} of the largest entry ({scale:.1e})"
+
+
+def _tried(check: Callable[[], str]) -> str:
+    try:
+        return check()
+    except UserError as refusal:
+        return f"refused: {refusal}"
+    except Exception as failure:
+        return _said(failure)
+
+
+def _said(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
