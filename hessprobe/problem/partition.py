@@ -34,12 +34,20 @@ class Slot:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the module inside torch.compile's and DistributedDataParallel's wrappers (the same tensors)."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+    """Returns the module inside the wrappers of torch.compile, DistributedDataParallel and Fabric (the same tensors)."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        elif hasattr(model, "_forward_module") and hasattr(
+            model, "_original_module"
+        ):  # what Fabric.setup returns
+            inner = model._original_module
+        elif hasattr(model, "_orig_mod"):
+            inner = model._orig_mod
+        else:
+            return model
         assert isinstance(inner, nn.Module)
         model = inner
-    return model
 
 
 @dataclass(frozen=True, kw_only=True)
