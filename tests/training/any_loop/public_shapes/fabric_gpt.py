@@ -125,11 +125,12 @@ def train(
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95)))
     data = torch.randint(VOCABULARY, (60, CONTEXT + 1))
     loader = fabric.setup_dataloaders(DataLoader(data, batch_size=4, shuffle=True))  # type: ignore[arg-type]
-    recorder, micro = (  # added
+    recorder, micro, losses = (  # added
         hp.Recorder(
             folder, model, optimizer=optimizer, forward=lambda model, ids: model(ids[:, :-1]),
             targets=lambda ids: ids[:, 1:], **probes,
         ),
+        [],
         [],
     )  # fmt: skip
     iter_num = step_count = 0
@@ -145,12 +146,12 @@ def train(
             loss = chunked_cross_entropy(logits, targets)
             watch(model.module, train_data, loss)
             fabric.backward(loss / accumulation)
-        micro.append(train_data)  # added
+        micro, losses = [*micro, train_data], [*losses, loss.detach()]  # added
         if not is_accumulating:
             fabric.clip_gradients(model, optimizer, max_norm=1.0)
             optimizer.step()
             optimizer.zero_grad()
             step_count += 1
-            recorder(step_count - 1, micro[-accumulation:])  # added
+            recorder(step_count - 1, micro[-accumulation:], loss=losses[-accumulation:])  # added
     recorder.close()  # added
     return Trained(model.module, [optimizer])

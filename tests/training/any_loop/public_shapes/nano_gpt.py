@@ -146,6 +146,6 @@ def train(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        recorder(iter_num, list(micro))  # added
+        recorder(iter_num, list(micro), loss=loss if len(micro) == 1 else None)  # added
     recorder.close()  # added
     return Trained(raw_model, [optimizer])

@@ -38,6 +38,8 @@ from tests.training.any_loop.public_shapes.watching import (
 )
 from tests.training.runs import tables
 
+# The LSTM's layers share a module, and the partition says so.
+pytestmark = pytest.mark.filterwarnings("ignore:layer partition")
 DECODER = ("embedding", "block.0", "block.1", "head")
 TIED = ("embedding+head", "block.0", "block.1")
 PROBES = {
@@ -71,7 +73,7 @@ class Shape:
     step: int = 2  # measured with all probes
     rounding: float = 1e-9  # of exact quantities, over their largest
     seed: int = (
-        8  # of a run without single sequences that make the curvature: errors of estimates can be believed
+        3  # of a run without single sequences that make the curvature: errors of estimates can be believed
     )
     trained: float = (
         1e-12  # between the loop's loss and the oracle's, over it; what dropout and half precision make
@@ -83,6 +85,7 @@ _NANO = Shape(
     logits=lambda model, batch: model(*batch)[0],
     ignore_index=-1,
     blocks=TIED,
+    seed=8,
 )
 _MINI = Shape(
     module=mini_gpt,
@@ -98,7 +101,7 @@ _FABRIC = Shape(
 _RECURRENT = Shape(
     module=recurrent,
     logits=lambda model, batch: model(batch[0], tuple(h.double() for h in batch[2]))[0],
-    blocks=("embedding", "block.0", "block.1", "head"),
+    blocks=("embedding", "rnn", "decoder"),  # torch keeps all its layers in one module
 )
 SINGLE = {"rounding": 2e-4, "trained": 1e-5}  # of float32
 
@@ -279,6 +282,7 @@ def test_estimates_are_within_their_errors_of_the_dense_truth(run):
     upper = np.triu_indices(len(slices))
     norms = z_scores(row.fro2, row.fro2_stderr, block_fro2(dense.gauss_newton, slices))
     assert norms[upper].max() < 5
+    assert (np.diagonal(row.fro2_stderr) < 0.7 * np.diagonal(row.fro2)).all()  # errors that say something
 
     row = run.row("gn_hessian").sel(matrix=["gauss_newton", "hessian"])
     traces = torch.stack([dense.gauss_newton.trace(), dense.hessian.trace()])
