@@ -162,6 +162,8 @@ def _products(
     dual = torch.zeros_like(logits, requires_grad=True)
     moved = pulled(along(pulled(logits, leaves, dual)), dual, again=False)[0]  # J v
     slope = pulled(loss, logits)[0]
+    if slope is None:  # the loss is none of these logits: G of what is measured in its place would be another
+        return {"gauss_newton": torch.full_like(hessian, torch.nan), "hessian": hessian}
     curved = pulled(slope, logits, moved, again=False)[0]
     return {"gauss_newton": flat(pulled(logits, leaves, curved, again=False)), "hessian": hessian}
 
