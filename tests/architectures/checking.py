@@ -77,6 +77,8 @@ def checked(architecture: Architecture, *, curvature: bool = True) -> dict[str, 
             double_throughout(model)
             _shaken(model, generator)
             own, logits = _own(model, batch)
+            if not bool(torch.isfinite(own)):
+                return {"built": f"its own loss is {float(own)}"}
     except Exception as failure:
         return {"built": _said(failure)}
     found = {"built": "ok"}
