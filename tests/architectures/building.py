@@ -132,7 +132,8 @@ WANTED: dict[str, dict[str, Any]] = {
     "levit": {"hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "image_size": 64,
         "key_dim": [8, 8, 8], "mlp_ratio": [1, 1, 1], "attention_ratio": [1, 1, 1], "patch_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "lilt": {"hidden_size": 24},
+    "lilt": {"hidden_size": 24}, "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "zaya": {"num_experts_per_tok": 1}, "wav2vec2-bert": {"feature_projection_input_dim": 8},
     "whisper": {"max_source_positions": 8}, "speech_to_text": {"conv_channels": 16, "input_feat_per_channel": 8},
 }  # fmt: skip
 
@@ -233,7 +234,7 @@ def batch_for(kind: str, generator: torch.Generator, model: nn.Module) -> dict[s
     size = _image_size(config)
     images = torch.randn((2, 3, size, size), generator=generator, dtype=torch.float64)
     text = {"input_ids": tokens, "attention_mask": mask}
-    if config is not None and config.model_type in ("bros", "lilt"):
+    if config is not None and config.model_type in ("bros", "lilt", "udop"):
         corner = drawn(20, 2, LENGTH, 2)
         boxes = torch.cat([corner, corner + 5], -1)  # left, top, right, bottom
         text["bbox"] = boxes / 64 if config.model_type == "bros" else boxes

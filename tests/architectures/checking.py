@@ -55,11 +55,13 @@ def double_throughout(model: nn.Module) -> None:
     entered: list[_Doubled] = []
 
     def enter(*_: Any) -> None:
+        torch.set_default_dtype(torch.float64)
         entered.append(_Doubled())
         entered[-1].__enter__()
 
     def leave(*_: Any) -> None:
         entered.pop().__exit__(None, None, None)
+        torch.set_default_dtype(torch.float32)
 
     model.register_forward_pre_hook(enter)
     model.register_forward_hook(leave, always_call=True)
@@ -124,12 +126,15 @@ def recognised(model: nn.Module) -> str:
 
 def _own(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Returns the model's own mean loss on a batch and the logits it depends on, with their graph."""
+    batch = {**batch, "labels": batch["labels"].clone()} if isinstance(batch, Mapping) else batch
+    model.train().eval()  # drops what some keep between passes in evaluation (LeViT's attention biases, with their graph)
     with sdpa_kernel(SDPBackend.MATH), _PlainWeightNorm():
         if not isinstance(batch, Mapping):
             logits = model(batch[0])
             return nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten()), logits
         more = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         out = model(**batch, **more)
+    model.train().eval()
     return out.loss, out.logits
 
 

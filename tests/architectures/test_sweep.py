@@ -7,10 +7,16 @@ import pytest
 from tests.architectures.sweep import counted, names_of, swept, swept_by
 
 # No list of layers, or a bare vector that nothing tells the place of: a note says so.
-WITH_NOTES = {"torch.LSTM", "torch.GRU"}
+WITH_NOTES = {
+    "torch.LSTM", "torch.GRU", "Inkling2ForCausalLM", "Inkling2ForConditionalGeneration", "Inkling2LoopForCausalLM",
+    "Inkling2LoopForConditionalGeneration",
+}  # fmt: skip
 
 # What cannot be measured, and a part of the words that say why.
-REFUSED: dict[str, str] = {}
+REFUSED = {
+    "GitForCausalLM": "do not fit targets",  # its outputs begin with those of the image's patches
+    "YosoForMaskedLM": "no second derivatives",  # attention by hashing, whose backward pass is a function of its own
+}
 
 
 @pytest.mark.slow
