@@ -132,8 +132,9 @@ WANTED: dict[str, dict[str, Any]] = {
     "levit": {"hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "image_size": 64,
         "key_dim": [8, 8, 8], "mlp_ratio": [1, 1, 1], "attention_ratio": [1, 1, 1], "patch_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "cvt": {"embed_dim": [8, 8, 8], "num_heads": [1, 1, 1], "depth": [1, 1, 1]},
     "lilt": {"hidden_size": 24}, "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
-    "zaya": {"num_experts_per_tok": 1}, "wav2vec2-bert": {"feature_projection_input_dim": 8},
+    "zaya": {"num_experts_per_tok": 1},
     "whisper": {"max_source_positions": 8}, "speech_to_text": {"conv_channels": 16, "input_feat_per_channel": 8},
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ WITH_NOTES = {
 # What cannot be measured, and a part of the words that say why.
 REFUSED = {
     "GitForCausalLM": "do not fit targets",  # its outputs begin with those of the image's patches
+    "ProphetNetForCausalLM": "own loss on this batch",  # of several tokens ahead, smoothed: not of its logits alone
     "YosoForMaskedLM": "no second derivatives",  # attention by hashing, whose backward pass is a function of its own
 }
 
