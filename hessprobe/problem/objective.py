@@ -338,7 +338,7 @@ class Objective:
 
     def raw_outputs(self, batch: Batch) -> Tensor:
         """Returns what the model returns for a batch at its own parameters, sequences first, else as it comes."""
-        z = self._forward(self.model, batch)
+        z = with_parameters(self.model, {}, lambda: self._forward(self.model, batch))
         return z if self.batch_first or not isinstance(z, Tensor) or z.dim() < 2 else z.transpose(0, 1)
 
     def _default_forward(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -126,7 +126,8 @@ def recognised(model: nn.Module) -> str:
 
 def _own(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Returns the model's own mean loss on a batch and the logits it depends on, with their graph."""
-    batch = {**batch, "labels": batch["labels"].clone()} if isinstance(batch, Mapping) else batch
+    if isinstance(batch, Mapping):  # copies: some models write into what they are given
+        batch = {key: value.clone() for key, value in batch.items()}
     model.train().eval()  # drops what some keep between passes in evaluation (LeViT's attention biases, with their graph)
     with sdpa_kernel(SDPBackend.MATH), _PlainWeightNorm():
         if not isinstance(batch, Mapping):

@@ -252,3 +252,31 @@ def test_a_callers_labels_stay_as_they_are_where_the_model_writes_into_them():
     assert abs(float(objective.loss(batch).detach()) - wanted) < 1e-6
     assert objective.tokens(batch) == 3
     assert labels.tolist() == [[1, 2, -100], [3, -100, -100]]
+
+
+class KeepsBetweenPasses(Toy):
+    """Keeps something made of its parameters for later passes in evaluation, as LeViT does its attention biases."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        if not hasattr(self, "kept"):
+            self.kept: dict[str, Tensor] = {}
+        if self.training or "table" not in self.kept:
+            table = self.embedding.weight.exp()
+            if not self.training:
+                self.kept["table"] = table
+        else:
+            table = self.kept["table"]
+        z = self.head(torch.tanh(table[input_ids]))
+        return SimpleNamespace(logits=z, loss=None if labels is None else self.rule(z, labels))
+
+
+def test_what_a_model_keeps_in_its_pass_with_labels_is_not_there_in_the_passes_measured():
+    model = KeepsBetweenPasses(aligned)
+    redraw(model, seeded(0))
+    batch = toy(aligned)[1]
+    objective = Objective(model)
+    found = torch.autograd.grad(objective.loss(batch), model.embedding.weight, allow_unused=True)[0]
+    assert not getattr(model, "kept", None)
+    wanted = torch.autograd.grad(model(**batch).loss, model.embedding.weight)[0]
+    assert found is not None
+    torch.testing.assert_close(found, wanted)
