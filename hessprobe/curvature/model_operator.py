@@ -249,4 +249,5 @@ def _kind(objective: Objective, partition: Partition) -> tuple[torch.dtype, torc
     """Returns the type that a model's parameters have in common, and their device."""
     own = present(objective.model, partition.shapes)
     dtype = common_dtype(own.values())
+    assert dtype is not None  # a partition has parameters
     return dtype, own[partition.names[0]].device
