@@ -20,7 +20,7 @@ from tests.store import writing_child
 
 KILLS = 56
 KILLS_A_RUN = 4
-ROWS = 10  # that a writer adds at most before it is killed: by its progress, not by the clock, which a busy machine stretches
+ROWS = 10  # that a writer adds at most before it is killed: a busy machine stretches the clock, not this
 SECONDS = 60  # a writer that adds none for so long hangs
 
 
