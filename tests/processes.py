@@ -1,6 +1,6 @@
 """Several gloo processes on this machine, each running one function of a test.
 
-They are forked from one server, started at the first of them, which holds what they all import: seconds of every process.
+They are forked from one server, started at the first of them, which holds what all import: seconds of every process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SECONDS = 120  # a hang ends the test, however busy the machine
 # What tests of several processes import, and what the probes load when they need it. The server itself computes nothing:
 # it must own no thread when it forks.
 HELD = (
-    "pytest", "curvlinops", "pytorch_optimizer", "torch.distributed.fsdp", "torch.nn.parallel",
+    "tests.conftest", "pytest", "curvlinops", "pytorch_optimizer", "torch.distributed.fsdp", "torch.nn.parallel",
     "hessprobe.probes.preconditioner", "hessprobe.training.any_loop.recorder", "tests.cases", "tests.processes",
 )  # fmt: skip
 
