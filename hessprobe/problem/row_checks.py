@@ -231,11 +231,11 @@ class _Row:
             came = alone()
         if came is None:
             self.cuts = False
-            in_place = torch.arange(count).clamp(start, stop - 1)
-            other = self._tried(lambda: self.objective.rearranged(batch, in_place), whole)
-            if count < 2 or other is None:
+            order = torch.arange(count).clamp(start, stop - 1)
+            came, alone = self._tried(lambda: self.objective.rearranged(batch, order), whole), lambda: None
+            if count < 2 or came is None:
                 return (_UNVERIFIED,)
-            came, alone = other[middle], lambda: None
+            expected = whole.view(count, positions, -1)[order.to(whole.device)].view_as(whole)
         if _agree(expected, came, halved):
             self.cuts = self.cuts if self.cuts is False or count < 2 or not bool(expected.any()) else True
             self._check_loss_apart(batch, whole, count, positions)
