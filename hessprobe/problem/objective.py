@@ -25,6 +25,7 @@ from hessprobe.problem.batches import (
 )
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.measuring import measuring, with_parameters
+from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition, unwrapped
 from hessprobe.problem.processes import ALONE, Processes
@@ -355,9 +356,10 @@ class Objective:
         Where the model's own are of several precisions, all leaves have the highest of them.
         """
         source = parameters if parameters is not None else present(self.model, partition.shapes)
-        dtype = common_dtype(source.values())
         wanted = set(partition.names if names is None else names)
-        return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in partition.names}
+        with without_rules():
+            dtype = common_dtype(source.values())
+            return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in partition.names}
 
 
 def sequences_at_once(count: int, positions: int) -> int:
@@ -372,6 +374,7 @@ def pull_back(
     """Returns J^T cotangent for the named leaves as one vector; a leaf the outputs do not depend on gives zeros."""
     inputs = [leaves[name] for name in names]
     grads = torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True)
-    return torch.cat(
-        [(torch.zeros_like(x) if g is None else g).reshape(-1) for x, g in zip(inputs, grads, strict=True)]
-    )
+    with without_rules():
+        return torch.cat(
+            [(torch.zeros_like(x) if g is None else g).reshape(-1) for x, g in zip(inputs, grads, strict=True)]
+        )

@@ -106,7 +106,7 @@ def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
             _collect(part, found)
 
 
-def parameter_named(model: nn.Module, name: str) -> Tensor | None:
+def parameter_named(model: nn.Module, name: str) -> nn.Parameter | None:
     """Returns what is in a parameter's place, or None where there is none of that name."""
     path, _, own = name.rpartition(".")
     module: nn.Module | None = model
