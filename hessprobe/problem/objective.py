@@ -173,12 +173,14 @@ class Objective:
         """Returns the batch's targets flattened over its tokens: (n,), or (n, c) for real ones."""
         if not self._readings.met:
             self._meet(batch)
-        y = self._readings.targets(self.labels(batch))
-        if self._shifts(batch):
-            y = y[:, 1:]
-        if y.is_floating_point():
-            return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(-1, 1)
-        return y.reshape(-1)
+        y = self.labels(batch)
+        with without_rules():
+            y = self._readings.targets(y)
+            if self._shifts(batch):
+                y = y[:, 1:]
+            if y.is_floating_point():
+                return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(-1, 1)
+            return y.reshape(-1)
 
     def labels(self, batch: Batch) -> Tensor:
         """Returns the batch's targets as they come, sequences first."""
@@ -188,8 +190,9 @@ class Objective:
                 f"targets are a {type(y).__name__}: wanted a tensor, one target for every token; pass forward= and targets= "
                 "to take the batch apart"
             )
-        count_of(y)
-        return y if self.batch_first or y.dim() < 2 else y.transpose(0, 1)
+        with without_rules():
+            count_of(y)
+            return y if self.batch_first or y.dim() < 2 else y.transpose(0, 1)
 
     def _meet(self, batch: Batch) -> None:
         self._readings.meet(
@@ -279,16 +282,17 @@ class Objective:
         """
         expected, y = self.targets(batch), self.labels(batch)
         z = with_parameters(self.model, parameters or {}, lambda: self._forward(self.model, batch))
-        z = self._readings.outputs(z if self.batch_first or z.dim() < 2 else z.transpose(0, 1), y)
-        if self._shifts(batch):
-            z = z[:, :-1]
-        z = z.reshape(-1, z.shape[-1]) if z.dim() > 1 else z.reshape(-1, 1)
-        if z.shape[0] != expected.shape[0] or (expected.dim() == 2 and expected.shape != z.shape):
-            raise UserError(
-                f"outputs {tuple(z.shape)} (tokens, classes) do not fit targets {tuple(y.shape)}: wanted one target "
-                "per token with the class dimension of the outputs last; forward= and targets= say how they come"
-            )
-        return z
+        with without_rules():
+            z = self._readings.outputs(z if self.batch_first or z.dim() < 2 else z.transpose(0, 1), y)
+            if self._shifts(batch):
+                z = z[:, :-1]
+            z = z.reshape(-1, z.shape[-1]) if z.dim() > 1 else z.reshape(-1, 1)
+            if z.shape[0] != expected.shape[0] or (expected.dim() == 2 and expected.shape != z.shape):
+                raise UserError(
+                    f"outputs {tuple(z.shape)} (tokens, classes) do not fit targets {tuple(y.shape)}: wanted one target "
+                    "per token with the class dimension of the outputs last; forward= and targets= say how they come"
+                )
+            return z
 
     def loss(self, batches: Batch | list[Batch], parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Returns the mean loss per token (0-d), differentiable in the parameters but for several processes.

@@ -22,6 +22,7 @@ CHANGED = "the parameters have changed since the recorder was made: make another
 LARGEST = 4096  # entries of a container that is searched; a longer one is data
 _CONTAINERS = (list, tuple, dict)
 _SEARCHED = (Tensor, *_CONTAINERS)
+_NEVER = frozenset({int, float, bool, str, type(None)})  # hold no tensor: what most modules have, told at once
 
 
 def swapped(model: nn.Module, leaves: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -80,7 +81,10 @@ def _exchange(
                 if leaf is not None:
                     undo.append((own, name, tensor))
                     own[name] = leaf
-        for value in plain_values(attributes):
+        plain = plain_values(attributes)
+        if _NEVER.issuperset(map(type, plain)):
+            continue
+        for value in plain:
             if isinstance(value, _SEARCHED):
                 name = next(key for key, held in attributes.items() if held is value)
                 new = _exchanged(value, given, undo, 0)
