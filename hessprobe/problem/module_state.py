@@ -176,9 +176,12 @@ class ModuleState:
 
 def _as_before(now: dict[str, Any], was: dict[str, Any]) -> None:
     """Gives a module's __dict__, or its modules, what was there, in the order in which it was there."""
-    if [*now] != [*was]:
-        now.clear()
+    for key in [key for key in now if key not in was]:
+        del now[key]
     now.update(was)
+    if [*now] != [*was]:  # modules run in this order
+        now.clear()
+        now.update(was)
 
 
 def _filled_as_before(now: Any, was: Any) -> None:

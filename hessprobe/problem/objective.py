@@ -380,5 +380,8 @@ def pull_back(
     grads = torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True)
     with without_rules():
         return torch.cat(
-            [(torch.zeros_like(x) if g is None else g).reshape(-1) for x, g in zip(inputs, grads, strict=True)]
+            [
+                (torch.zeros_like(x) if g is None else g).reshape(-1)
+                for x, g in zip(inputs, grads, strict=True)
+            ]
         )

@@ -177,7 +177,8 @@ class Partition:
         with without_rules():
             lead = vector.shape[:-1]
             return {
-                s.name: vector.narrow(-1, s.start, s.stop - s.start).reshape((*lead, *s.shape)) for s in self.slots
+                s.name: vector.narrow(-1, s.start, s.stop - s.start).reshape((*lead, *s.shape))
+                for s in self.slots
             }
 
     def vector(self, model: nn.Module) -> Tensor:

@@ -22,7 +22,9 @@ CHANGED = "the parameters have changed since the recorder was made: make another
 LARGEST = 4096  # entries of a container that is searched; a longer one is data
 _CONTAINERS = (list, tuple, dict)
 _SEARCHED = (Tensor, *_CONTAINERS)
-_NEVER = frozenset({int, float, bool, str, type(None)})  # hold no tensor: what most modules have, told at once
+_NEVER = frozenset(
+    {int, float, bool, str, type(None)}
+)  # hold no tensor: what most modules have, told at once
 
 
 def swapped(model: nn.Module, leaves: Mapping[str, Tensor]) -> Callable[[], None]:
