@@ -30,6 +30,7 @@ _ATOMS = frozenset({
 _OWNERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "accelerate",
            "deepspeed", "logging", "threading", "multiprocessing", "concurrent", "weakref", "hessprobe")  # fmt: skip
 OBJECTS = 2000  # objects searched for state in one attribute
+SMALL = 4096  # entries of a tensor that is compared after every forward pass: running means are no larger
 COPIED = 2**26  # bytes of tensors copied for one forward pass; of what is larger, changes are only noticed
 
 
@@ -44,7 +45,7 @@ class ModuleState:
     """
 
     def __init__(self, model: nn.Module, copied: int | None = COPIED) -> None:
-        self._left = copied
+        self._left, self._everything = copied, copied is None
         self._seen: set[int] = set()
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._owners: list[tuple[nn.Module, Tensor]] = []
@@ -66,7 +67,7 @@ class ModuleState:
             put_back()
         lost = []
         for name, tensor, version, copy in self._tensors:
-            if _version(tensor) != version or version < 0:
+            if _version(tensor) != version or version < 0 or (copy is not None and self._compares(copy)):
                 if copy is not None:
                     _written_back(tensor, copy)
                 elif version >= 0:
@@ -76,6 +77,10 @@ class ModuleState:
                 own = [name for name, held in module._parameters.items() if held is parameter]
                 lost.append(f"{type(module).__name__}'s {', '.join(own)}")
         return lost + [name for name, value, mark in self._marks if _mark(value) != mark]
+
+    def _compares(self, copy: Tensor) -> bool:
+        """Tells whether a tensor is compared although torch counts no write: batch_norm's kernels write uncounted."""
+        return self._everything or copy.numel() <= SMALL
 
     def _add_module(self, prefix: str, module: nn.Module) -> None:
         self._seen.add(id(module))
