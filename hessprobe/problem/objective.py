@@ -27,6 +27,7 @@ from hessprobe.problem.batches import (
 )
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.measuring import measuring, with_parameters
+from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition, unwrapped
 from hessprobe.problem.processes import ALONE, Processes
@@ -194,12 +195,14 @@ class Objective:
         """Returns the batch's targets flattened over its tokens: (n,), or (n, c) for real ones."""
         if not self._readings.met:
             self._meet(batch)
-        y = self._readings.targets(self.labels(batch))
-        if self._shifts(batch):
-            y = y[:, 1:]
-        if y.is_floating_point():
-            return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(-1, 1)
-        return y.reshape(-1)
+        y = self.labels(batch)
+        with without_rules():
+            y = self._readings.targets(y)
+            if self._shifts(batch):
+                y = y[:, 1:]
+            if y.is_floating_point():
+                return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(-1, 1)
+            return y.reshape(-1)
 
     def labels(self, batch: Batch) -> Tensor:
         """Returns the batch's targets as they come, sequences first."""
@@ -209,8 +212,9 @@ class Objective:
                 f"targets are a {type(y).__name__}: wanted a tensor, one target for every token; pass forward= and targets= "
                 "to take the batch apart"
             )
-        count_of(y)
-        return y if self.batch_first or y.dim() < 2 else y.transpose(0, 1)
+        with without_rules():
+            count_of(y)
+            return y if self.batch_first or y.dim() < 2 else y.transpose(0, 1)
 
     def _meet(self, batch: Batch) -> None:
         self._check_labels(batch)
@@ -348,13 +352,14 @@ class Objective:
     def _fitted(self, z: Tensor, batch: Batch) -> Tensor:
         """Returns outputs as the model gave them, sequences first, as (n, c)."""
         expected, y, came = self.targets(batch), self.labels(batch), z.shape
-        z = self._readings.outputs(z, y)
-        if self._shifts(batch):
-            z = z[:, :-1]
-        z = z.reshape(-1, z.shape[-1]) if z.dim() > 1 else z.reshape(-1, 1)
-        if z.shape[0] != expected.shape[0] or (expected.dim() == 2 and expected.shape != z.shape):
-            raise UserError(do_not_fit(came, y, batch_first=self.batch_first))
-        return z
+        with without_rules():
+            z = self._readings.outputs(z, y)
+            if self._shifts(batch):
+                z = z[:, :-1]
+            z = z.reshape(-1, z.shape[-1]) if z.dim() > 1 else z.reshape(-1, 1)
+            if z.shape[0] != expected.shape[0] or (expected.dim() == 2 and expected.shape != z.shape):
+                raise UserError(do_not_fit(came, y, batch_first=self.batch_first))
+            return z
 
     def loss(self, batches: Batch | list[Batch], parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Returns the mean loss per token (0-d), differentiable in the parameters but for several processes.
@@ -429,9 +434,10 @@ class Objective:
         Where the model's own are of several precisions, all leaves have the highest of them.
         """
         source = parameters if parameters is not None else present(self.model, partition.shapes)
-        dtype = common_dtype(source.values())
         wanted = set(partition.names if names is None else names)
-        return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in partition.names}
+        with without_rules():
+            dtype = common_dtype(source.values())
+            return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in partition.names}
 
 
 def sequences_at_once(count: int, positions: int) -> int:
@@ -446,6 +452,10 @@ def pull_back(
     """Returns J^T cotangent for the named leaves as one vector; a leaf the outputs do not depend on gives zeros."""
     inputs = [leaves[name] for name in names]
     grads = torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True)
-    return torch.cat(
-        [(torch.zeros_like(x) if g is None else g).reshape(-1) for x, g in zip(inputs, grads, strict=True)]
-    )
+    with without_rules():
+        return torch.cat(
+            [
+                (torch.zeros_like(x) if g is None else g).reshape(-1)
+                for x, g in zip(inputs, grads, strict=True)
+            ]
+        )

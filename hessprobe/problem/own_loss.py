@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from hessprobe.errors import UserError
 from hessprobe.problem.batches import DECODER_INPUTS, INPUTS, LABELS, Batch, called, logits_of
 from hessprobe.problem.class_dimension import classes_last
 from hessprobe.problem.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
-from hessprobe.problem.measuring import measuring
+from hessprobe.problem.measuring import measuring, with_parameters
 from hessprobe.problem.memory import is_out_of_memory
 
 IGNORED = -100  # what every Hugging Face model ignores
@@ -63,7 +64,7 @@ def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> OwnLoss | None:
         return None
     try:
         with measuring(model, forward_mode=False), torch.no_grad():
-            found = called(model, batch, LABELS)
+            found = with_parameters(model, {}, lambda: called(model, batch, LABELS))
     except Exception as error:  # whatever a model says of labels that are not meant for it
         if is_out_of_memory(error):
             raise
@@ -138,7 +139,7 @@ def less_auxiliary(model: nn.Module, batch: Batch, loss: Tensor, auxiliary: Auxi
     if not callable(auxiliary):
         return loss
     with measuring(model, forward_mode=False), torch.no_grad():
-        return loss - auxiliary(model, batch)
+        return loss - with_parameters(model, {}, lambda: auxiliary(model, batch))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +213,7 @@ def found_feed(model: nn.Module, batch: Mapping[str, Any], own: OwnLoss) -> str:
     for way in ways(model):
         try:
             with measuring(model, forward_mode=False), torch.no_grad():
-                z = logits_of(called(model, batch, way))
+                z = logits_of(with_parameters(model, {}, partial(called, model, batch, way)))
         except Exception as error:  # no outputs without labels: an encoder-decoder that wants decoder inputs
             if is_out_of_memory(error):
                 raise
