@@ -186,6 +186,11 @@ def default_forward(model: nn.Module, batch: Batch, feed: str = INPUTS) -> Tenso
 def called(model: nn.Module, batch: Mapping[str, Any], feed: str) -> Any:
     """Returns whatever the model returns for a mapping."""
     inputs = {key: value for key, value in batch.items() if feed == LABELS or key != "labels"}
+    if feed != INPUTS and isinstance(batch.get("labels"), Tensor):
+        # Some models write into labels (FSMT puts padding in place of -100): the batch is the caller's.
+        batch = {**batch, "labels": batch["labels"].clone()}
+        if feed == LABELS:
+            inputs["labels"] = batch["labels"]
     if feed == DECODER_INPUTS and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
         made: Any = (
             model.prepare_decoder_input_ids_from_labels

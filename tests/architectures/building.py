@@ -101,6 +101,39 @@ WANTED: dict[str, dict[str, Any]] = {
     **{name: {"conv_dim": [8, 8], "conv_kernel": [5, 3], "conv_stride": [3, 2], "num_feat_extract_layers": 2,
               "num_adapter_layers": 1} for name in ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat",
               "data2vec-audio", "wav2vec2-conformer", "sew", "sew-d")},
+    "audio-spectrogram-transformer": {"max_length": 16, "frequency_stride": 4, "time_stride": 4},
+    **{name: {"mamba_n_heads": 4, "mamba_d_head": 8} for name in ("bamba",)},
+    "bit": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_groups": 4},
+    "convbert": {"conv_kernel_size": 3},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}},
+    "efficientnet": {"image_size": 64, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
+    **{name: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+       for name in ("glm4v_text", "glm46v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text")},
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
+    "pvt_v2": {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2],
+        "mlp_ratios": [2, 2, 2, 2], "image_size": 32},
+    **{name: {"image_size": 128, "patch_size": 2} for name in ("mobilevit", "mobilevitv2")},
+    "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "num_embeddings": 16},
+    "perceiver": {"num_latents": 4, "d_latents": 16, "num_self_attends_per_block": 1, "num_blocks": 1,
+        "num_self_attention_heads": 2, "num_cross_attention_heads": 2, "qk_channels": 16, "v_channels": 16},
+    "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 4},
+    "luke": {"entity_vocab_size": 20, "entity_emb_size": 16}, "mluke": {"entity_vocab_size": 20, "entity_emb_size": 16},
+    "bros": {"hidden_size": 64}, "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 8,
+        "layer_types": ["mamba", "attention"]},
+    "ernie4_5_vl_moe_text": {"moe_num_experts": 4},
+    "florence_vision": {"embed_dim": [8, 16], "depths": [1, 1], "num_heads": [2, 2], "num_groups": [2, 2],
+        "patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True]},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": None},
+    "gemma4_unified_assistant": {"hidden_size_per_layer_input": 0},
+    "glm5_next_text": {"index_topk": 16}, "glm5_next": {"index_topk": 16},
+    "kosmos_2_text_model": {"attention_heads": 2, "layers": 2},
+    "layoutlmv3": {"coordinate_size": 2, "shape_size": 4},
+    "levit": {"hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "image_size": 64,
+        "key_dim": [8, 8, 8], "mlp_ratio": [1, 1, 1], "attention_ratio": [1, 1, 1], "patch_size": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 24}, "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "zaya": {"num_experts_per_tok": 1}, "wav2vec2-bert": {"feature_projection_input_dim": 8},
     "whisper": {"max_source_positions": 8}, "speech_to_text": {"conv_channels": 16, "input_feat_per_channel": 8},
 }  # fmt: skip
 
@@ -125,14 +158,30 @@ def architectures() -> list[Architecture]:
     return [*sorted(found.values()), *own]
 
 
+def one_of_each() -> list[str]:
+    """Returns one class of each model type, in the order of the mappings, and torch's own."""
+    order, found = list(MAPPINGS.values()), dict[str, Architecture]()
+    for one in architectures():
+        if one.kind in order[:-1]:
+            known = found.setdefault(one.model_type, one)
+            if order.index(one.kind) < order.index(known.kind):
+                found[one.model_type] = one
+    return [*sorted(one.name for one in found.values()), *TORCH]
+
+
 def shrunk(kind: type[Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a small configuration of a class, nested ones included."""
     default = kind()
     arguments: dict[str, Any] = {}
     parts = getattr(kind, "sub_configs", {})
     for name in {*default.to_dict(), *inspect.signature(kind.__init__).parameters}:
-        value = getattr(default, name, None)
-        if name in parts:
+        try:
+            value = getattr(default, name, None)
+        except Exception:  # sizes that differ from layer to layer are not for reading
+            value = None
+        if isinstance(value, dict) and "mrope_section" in value:
+            arguments[name] = {**value, "mrope_section": [2, 1, 1]}
+        elif name in parts:
             if value is None:
                 continue
             part = type(value)
@@ -154,8 +203,9 @@ def built(architecture: Architecture, generator: torch.Generator) -> tuple[nn.Mo
         model, batch = TORCH[architecture.name](generator)
         return model.double().eval(), batch
     transformers = importlib.import_module("transformers")
-    kind = transformers.CONFIG_MAPPING[architecture.model_type]
-    config = kind(**shrunk(kind, WANTED.get(architecture.model_type, {})))
+    made = getattr(transformers, architecture.name)
+    kind = made.config_class or transformers.CONFIG_MAPPING[architecture.model_type]
+    config = kind(**shrunk(kind, WANTED.get(kind.model_type, {})))
     config.num_labels = CLASSES
     for part in [config, *(getattr(config, name, None) for name in getattr(kind, "sub_configs", {}))]:
         if part is not None:
@@ -163,7 +213,7 @@ def built(architecture: Architecture, generator: torch.Generator) -> tuple[nn.Mo
             part._experts_implementation = "eager"  # grouped matrix products take no float64
             if getattr(part, "decoder_start_token_id", None) is None:
                 part.decoder_start_token_id = 1
-    model = getattr(transformers, architecture.name)(config).requires_grad_(True)
+    model = made(config).requires_grad_(True)
     if architecture.kind == "two towers":
         return model.double().eval(), None
     return model.double().eval(), batch_for(architecture.kind, generator, model)
@@ -179,11 +229,27 @@ def batch_for(kind: str, generator: torch.Generator, model: nn.Module) -> dict[s
     tokens[0, 2], tokens[1, -2:] = PAD, PAD  # one inside a sequence, two at an end
     mask = torch.ones_like(tokens)
     mask[1, -2:] = 0
+    takes = inspect.signature(model.forward).parameters
+    config: Any = getattr(model, "config", None)
+    size = _image_size(config)
+    images = torch.randn((2, 3, size, size), generator=generator, dtype=torch.float64)
     text = {"input_ids": tokens, "attention_mask": mask}
+    if config is not None and config.model_type in ("bros", "lilt", "udop"):
+        corner = drawn(20, 2, LENGTH, 2)
+        boxes = torch.cat([corner, corner + 5], -1)  # left, top, right, bottom
+        text["bbox"] = boxes / 64 if config.model_type == "bros" else boxes
+    if "pixel_values" in takes and (
+        takes["pixel_values"].default is inspect.Parameter.empty or config.model_type == "git"
+    ):
+        text["pixel_values"] = images
+    if "qformer_input_ids" in takes:
+        text["qformer_input_ids"] = tokens
+    if kind in ("speech", "sequences") and "input_ids" in takes and "decoder_input_ids" not in takes:
+        kind = "causal"  # a language model that hears, given text alone
     if kind in ("causal", "tokens"):
         return {**text, "labels": tokens.masked_fill(mask == 0, -100)}
     if kind == "sequences":
-        labels = drawn(VOCABULARY - 5, 2, LENGTH - 2)
+        labels = drawn(VOCABULARY - 5, 2, LENGTH - 2 if config.model_type != "fsmt" else LENGTH)
         labels[0, -1] = -100
         return {**text, "labels": labels}
     if kind == "classes":
@@ -191,21 +257,36 @@ def batch_for(kind: str, generator: torch.Generator, model: nn.Module) -> dict[s
     if kind == "token classes":
         return {**text, "labels": (tokens % CLASSES).masked_fill(mask == 0, -100)}
     if kind == "images":
-        size = getattr(model.config, "image_size", 32)  # type: ignore[union-attr]
-        size = size if isinstance(size, int) else size[0]
-        images = torch.randn((2, 3, size, size), generator=generator, dtype=torch.float64)
+        if "pixel_values" not in takes:
+            return {"input_ids": tokens, "labels": torch.tensor([2, 0])}  # ImageGPT's clusters of colours
         return {"pixel_values": images, "labels": torch.tensor([2, 0])}
     if kind == "sound":
         key = getattr(model, "main_input_name", "input_values")
         length = (2, 120) if key == "input_values" else (2, 8, 16)
+        if config.model_type == "audio-spectrogram-transformer":
+            length = (2, 16, 8)
         return {
             key: torch.randn(length, generator=generator, dtype=torch.float64),
             "labels": torch.tensor([2, 0]),
         }
     labels = drawn(VOCABULARY - 5, 2, LENGTH - 2)
     key = getattr(model, "main_input_name", "input_features")
-    shape = {"whisper": (2, 8, 16), "speech_to_text": (2, 16, 8)}.get(model.config.model_type, (2, 120))  # type: ignore[union-attr]
+    shape = {
+        "whisper": (2, 8, 16),
+        "canary": (2, 64, 8),
+        "cohere_asr": (2, 64, 8),
+        "speech_to_text": (2, 16, 8),
+    }.get(model.config.model_type, (2, 120))  # type: ignore[union-attr]
     return {key: torch.randn(shape, generator=generator, dtype=torch.float64), "labels": labels}
+
+
+def _image_size(config: Any) -> int:
+    """Returns the height of the images that a model takes."""
+    for part in (config, getattr(config, "vision_config", None)):
+        size = getattr(part, "image_size", None)
+        if size is not None:
+            return size if isinstance(size, int) else size[0]
+    return 32
 
 
 class Recurrent(nn.Module):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 import hessprobe as hp
 from hessprobe.errors import UserError
@@ -24,47 +24,63 @@ CHECKS = ("built", "partition", "loss", "gauss_newton", "hessian", "kernels", "u
 TOLERANCE = 1e-8
 
 
-@contextmanager
-def double_throughout() -> Iterator[None]:
-    """Keeps values in float64 where models cast them to float32 (norms, losses): that rounding is above the tolerance."""
-    to, single = torch.Tensor.to, torch.Tensor.float
-    kept = {torch.float32: torch.float64}
+class _Doubled(TorchFunctionMode):
+    """Takes float32 for float64: norms, routers and losses cast to it, and that rounding is above the tolerance."""
 
-    def cast(self: Tensor, *args: Any, **more: Any) -> Tensor:
-        changed = {key: kept.get(value, value) if key == "dtype" else value for key, value in more.items()}
-        return to(self, *(kept.get(x, x) if isinstance(x, torch.dtype) else x for x in args), **changed)
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        more = {key: torch.float64 if x is torch.float32 else x for key, x in (kwargs or {}).items()}
+        return func(*args, **more)
 
-    functions = {name: getattr(nn.functional, name) for name in ("softmax", "log_softmax")}
-    torch.Tensor.to, torch.Tensor.float = cast, lambda self: self.double()  # type: ignore[method-assign]
-    for name, function in functions.items():
 
-        def soft(x: Tensor, *args: Any, function: Any = function, **more: Any) -> Tensor:
-            return function(x, *args, **{k: v for k, v in more.items() if k != "dtype"})
+class _PlainWeightNorm(TorchFunctionMode):
+    """Writes weight norm in plain operations: double backward through torch 2.13's fused one is wrong (1e-3 of H v)."""
 
-        setattr(nn.functional, name, soft)
-    try:
-        yield
-    finally:
-        torch.Tensor.to, torch.Tensor.float = to, single  # type: ignore[method-assign]
-        for name, function in functions.items():
-            setattr(nn.functional, name, function)
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = args
+            others = [d for d in range(v.dim()) if d != dim % v.dim()]
+            return v * (g / v.square().sum(others, keepdim=True).sqrt())
+        return func(*args, **(kwargs or {}))
+
+
+def double_throughout(model: nn.Module) -> None:
+    """Keeps the model's values in float64 where its own forward pass casts them to float32; nothing outside of it."""
+    entered: list[_Doubled] = []
+
+    def enter(*_: Any) -> None:
+        torch.set_default_dtype(torch.float64)
+        entered.append(_Doubled())
+        entered[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+        torch.set_default_dtype(torch.float32)
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
 
 
 def checked(architecture: Architecture, *, curvature: bool = True) -> dict[str, str]:
     """Returns each check's outcome; a model that cannot be built, or gives no loss of its own, has the first alone."""
-    with double_throughout():
-        # Two towers' own loss contrasts the batch's examples: no sum over sequences, so nothing to measure layer by layer.
-        return _checked(architecture, curvature and architecture.kind != "two towers")
-
-
-def _checked(architecture: Architecture, curvature: bool) -> dict[str, str]:
+    # Two towers' own loss contrasts the batch's examples: no sum over sequences, so nothing to measure layer by layer.
+    curvature = curvature and architecture.kind != "two towers"
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     try:
         model, batch = built(architecture, generator)
         if curvature:
+            double_throughout(model)
             _shaken(model, generator)
             own, logits = _own(model, batch)
+            if not bool(torch.isfinite(own)):
+                return {"built": f"its own loss is {float(own)}"}
     except Exception as failure:
         return {"built": _said(failure)}
     found = {"built": "ok"}
@@ -77,7 +93,10 @@ def _checked(architecture: Architecture, curvature: bool) -> dict[str, str]:
             objective = hp.Objective(model)
             v = torch.randn(partition.size, generator=generator, dtype=torch.float64)
             found["loss"] = _tried(lambda: _close(objective.loss(batch).detach(), own.detach()))
-            truth = _products(own, logits, model, partition, v)
+            try:
+                truth = _products(own, logits, model, partition, v)
+            except Exception as failure:
+                return {"built": f"no double backward: {_said(failure)}"}
             for name, operator in (("gauss_newton", hp.GaussNewton), ("hessian", hp.Hessian)):
                 wanted = truth[name]
                 found[name] = _tried(
@@ -107,12 +126,15 @@ def recognised(model: nn.Module) -> str:
 
 def _own(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Returns the model's own mean loss on a batch and the logits it depends on, with their graph."""
-    with sdpa_kernel(SDPBackend.MATH):
+    batch = {**batch, "labels": batch["labels"].clone()} if isinstance(batch, Mapping) else batch
+    model.train().eval()  # drops what some keep between passes in evaluation (LeViT's attention biases, with their graph)
+    with sdpa_kernel(SDPBackend.MATH), _PlainWeightNorm():
         if not isinstance(batch, Mapping):
             logits = model(batch[0])
             return nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten()), logits
         more = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         out = model(**batch, **more)
+    model.train().eval()
     return out.loss, out.logits
 
 
@@ -147,6 +169,8 @@ def _products(
     dual = torch.zeros_like(logits, requires_grad=True)
     moved = pulled(along(pulled(logits, leaves, dual)), dual, again=False)[0]  # J v
     slope = pulled(loss, logits)[0]
+    if slope is None:  # the loss is none of these logits: G of what is measured in its place would be another
+        return {"gauss_newton": torch.full_like(hessian, torch.nan), "hessian": hessian}
     curved = pulled(slope, logits, moved, again=False)[0]
     return {"gauss_newton": flat(pulled(logits, leaves, curved, again=False)), "hessian": hessian}
 
@@ -163,27 +187,24 @@ def _kernels(objective: hp.Objective, batch: Any, partition: hp.Partition) -> st
     )
     own = torch.diagonal(kernels.kernel, dim1=-2, dim2=-1)
     wanted = torch.zeros_like(own)
+    named = dict(objective.model.named_parameters())
     for column, sequence in enumerate(kernels.sequence.tolist()):
-        gradient = _sequence_gradient(objective, batch, partition, sequence)
-        tokens = float(kernels.tokens[sequence])
-        for row, where in enumerate(partition.slices.values()):
-            wanted[row, column] = gradient[where].square().sum() / tokens
+        loss = _own(objective.model, _only(batch, sequence))[0]
+        grads = torch.autograd.grad(loss, [named[name] for name in partition.names], allow_unused=True)
+        squares = [0.0 if g is None else float(g.square().sum()) for g in grads]
+        by_name = dict(zip(partition.names, squares, strict=True))
+        for row, block in enumerate(partition.blocks):
+            total = sum(by_name[name] for name in partition.parameters_of(block))
+            wanted[row, column] = total * float(kernels.tokens[sequence])
     return _close(own, wanted)
 
 
-def _sequence_gradient(objective: hp.Objective, batch: Any, partition: hp.Partition, sequence: int) -> Tensor:
-    """Returns the gradient (p,) of the summed loss of one sequence's tokens, by one backward pass of the whole batch."""
-    named = dict(objective.model.named_parameters())
-    leaves = [named[name] for name in partition.names]
-    logits, targets = objective.outputs(batch), objective.targets(batch)
-    count, positions = objective.sequence_shape(batch)
-    own = torch.zeros(count, positions, dtype=torch.bool)
-    own[sequence] = True
-    kept = own.flatten() & (targets != -100)
-    loss = nn.functional.cross_entropy(logits[kept], targets[kept], reduction="sum")
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1)
-                      for g, p in zip(grads, leaves, strict=True)])  # fmt: skip
+def _only(batch: Any, sequence: int) -> Any:
+    """Returns the batch with targets in one sequence alone: its mean loss, by the model itself."""
+    labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    kept = torch.full_like(labels, -100)
+    kept[sequence] = labels[sequence]
+    return {**batch, "labels": kept} if isinstance(batch, Mapping) else (batch[0], kept)
 
 
 def _close(got: Tensor, wanted: Tensor) -> str:

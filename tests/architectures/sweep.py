@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,31 @@ def swept(
             yield left.pop(0), {"built": reason}
 
 
+def swept_by(
+    workers: int, names: list[str], *, curvature: bool = True, seconds: float = SECONDS
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the same as `swept` from that many processes at once, in the order in which they are done."""
+    done: queue.Queue[tuple[str, dict[str, str]] | None] = queue.Queue()
+
+    def one(part: list[str]) -> None:
+        for found in swept(part, curvature=curvature, seconds=seconds):
+            done.put(found)
+        done.put(None)
+
+    threads = [
+        threading.Thread(target=one, args=(names[start::workers],), daemon=True) for start in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    left = workers
+    while left:
+        found = done.get()
+        if found is None:
+            left -= 1
+        else:
+            yield found
+
+
 def _lines(worker: subprocess.Popen[str], seconds: float) -> Iterator[str]:
     """Yields a process's lines until it ends or says nothing for that long (and 30 seconds to load, at first)."""
     assert worker.stdout is not None
@@ -71,11 +98,13 @@ def _lines(worker: subprocess.Popen[str], seconds: float) -> Iterator[str]:
                 yield line
 
 
-def names_of(wanted: list[str]) -> list[str]:
-    """Returns the architectures to check: those named, or all."""
+def names_of(wanted: list[str], *, each: bool = False) -> list[str]:
+    """Returns the architectures to check: those named, or all, or one class of each model type."""
     _quiet()
-    from tests.architectures.building import architectures
+    from tests.architectures.building import architectures, one_of_each
 
+    if each:
+        return one_of_each()
     known = [architecture.name for architecture in architectures()]
     return [name for name in known if not wanted or name in wanted]
 
@@ -118,6 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="classes of transformers; default: all")
     parser.add_argument("--partition", action="store_true", help="build and partition only, no curvature")
+    parser.add_argument("--each", action="store_true", help="one class of each model type, as the test does")
+    parser.add_argument("--workers", type=int, default=1, help="processes at once")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit for one model")
     parser.add_argument("--json", type=Path, help="write every outcome to this file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -125,8 +156,9 @@ def main() -> None:
     if arguments.worker:
         return work(arguments.names, curvature=not arguments.partition)
     start, outcomes = time.monotonic(), {}
-    names = names_of(arguments.names)
-    for name, checks in swept(names, curvature=not arguments.partition, seconds=arguments.seconds):
+    names = names_of(arguments.names, each=arguments.each)
+    more = {"curvature": not arguments.partition, "seconds": arguments.seconds}
+    for name, checks in swept_by(arguments.workers, names, **more):
         outcomes[name] = checks
         for check, said in checks.items():
             if said != "ok":

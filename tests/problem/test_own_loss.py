@@ -220,3 +220,36 @@ def test_hugging_faces_models_are_measured_by_their_own_loss(name):
     own_parameters = [model.get_parameter(n) for n in partition.names]
     wanted = [torch.zeros_like(p) if g is None else g for p, g in zip(own_parameters, slopes, strict=True)]
     torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in wanted]), rtol=1e-4, atol=1e-6)
+
+
+class WritesIntoLabels(nn.Module):
+    """Puts a word in place of ignored labels, in place, as some encoder-decoders do when they make decoder inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 5)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        return labels.masked_fill_(labels == -100, 0)
+
+    def forward(self, input_ids, decoder_input_ids=None, labels=None):
+        if decoder_input_ids is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels.clone())
+        z = self.head(self.table(input_ids) + self.table(decoder_input_ids))
+        loss = None if labels is None else nn.functional.cross_entropy(z.flatten(0, 1), labels.flatten())
+        if labels is not None:
+            self.prepare_decoder_input_ids_from_labels(labels)
+        return {"loss": loss, "logits": z}
+
+
+def test_a_callers_labels_stay_as_they_are_where_the_model_writes_into_them():
+    torch.manual_seed(0)
+    model = WritesIntoLabels()
+    labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
+    batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 3, 2]]), "labels": labels}
+    wanted = float(model(batch["input_ids"], labels=labels.clone())["loss"].detach())
+    objective = Objective(model)
+    assert abs(float(objective.loss(batch).detach()) - wanted) < 1e-6
+    assert objective.tokens(batch) == 3
+    assert labels.tolist() == [[1, 2, -100], [3, -100, -100]]
