@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -455,7 +456,12 @@ def main() -> None:
         _run_command_line()
     except SystemExit as end:
         if launched():
-            leave(int(end.code or 0))
+            leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    except BaseException:
+        if launched():  # a mistake of ours ends as one, too, and not in a signal
+            traceback.print_exc()
+            leave(1)
         raise
 
 

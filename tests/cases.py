@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ OPERATORS = ("gauss_newton", "hessian", "residual")
 
 @dataclass(frozen=True)
 class Case:
-    """One member of the zoo with everything a test needs; `truth` follows the partition's order."""
+    """One member of the zoo with everything a test needs."""
 
     problem: models.Problem
     objective: Objective
     partition: Partition
-    truth: oracles.Dense
+    as_built: Case | None = None  # under its first partition, which holds the truth of all
 
     @classmethod
     def of(cls, name: str) -> Case:
@@ -40,13 +41,18 @@ class Case:
     def on(cls, problem: models.Problem, by: str = "module") -> Case:
         """Builds the case of any problem."""
         partition = Partition.of(problem.model, by)
-        truth = oracles.dense(*problem).in_order(partition.names)
-        return cls(problem, Objective(problem.model, loss=problem.loss), partition, truth)
+        return cls(problem, Objective(problem.model, loss=problem.loss), partition)
 
     def split(self, by: str) -> Case:
         """Returns the same case under another partition; the truth is reordered, not recomputed."""
         partition = Partition.of(self.problem.model, by)
-        return Case(self.problem, self.objective, partition, self.truth.in_order(partition.names))
+        return Case(self.problem, self.objective, partition, as_built=self.as_built or self)
+
+    @cached_property
+    def truth(self) -> oracles.Dense:
+        """The dense truth in the partition's order, computed when it is first asked for: a second for the largest."""
+        dense = oracles.dense(*self.problem) if self.as_built is None else self.as_built.truth
+        return dense.in_order(self.partition.names)
 
     @property
     def slices(self) -> list[slice]:

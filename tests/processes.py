@@ -1,7 +1,11 @@
-"""Several gloo processes on this machine, each running one function of a test."""
+"""Several gloo processes on this machine, each running one function of a test.
+
+They are forked from one server, started at the first of them, which holds what all import: seconds of every process.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +18,12 @@ import torch.multiprocessing as mp
 from hessprobe.problem.processes import Processes
 
 SECONDS = 120  # a hang ends the test, however busy the machine
+# What tests of several processes import, and what the probes load when they need it. The server itself computes nothing:
+# it must own no thread when it forks.
+HELD = (
+    "tests.conftest", "pytest", "curvlinops", "pytorch_optimizer", "torch.distributed.fsdp", "torch.nn.parallel",
+    "hessprobe.probes.preconditioner", "hessprobe.training.any_loop.recorder", "tests.cases", "tests.processes",
+)  # fmt: skip
 
 
 def on_processes(count: int, function: Callable[..., None], folder: Path, *arguments: Any) -> None:
@@ -23,7 +33,13 @@ def on_processes(count: int, function: Callable[..., None], folder: Path, *argum
         function: at module level, so that it can be pickled.
         folder: empty; where the processes meet, and may leave files.
     """
-    mp.spawn(_one, (function, count, folder, *arguments), nprocs=count)
+    on_forks(_one, (function, count, folder, *arguments), count)
+
+
+def on_forks(function: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:
+    """Runs function(rank, *arguments) in `count` processes forked from the server, and waits for them."""
+    multiprocessing.set_forkserver_preload(list(HELD))
+    mp.start_processes(function, arguments, nprocs=count, start_method="forkserver")
 
 
 def _one(rank: int, function: Callable[..., None], count: int, folder: Path, *arguments: Any) -> None:

@@ -7,7 +7,7 @@ operations are (problem/operation_rules.py); what is left is found here, once fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -16,6 +16,7 @@ from torch import Tensor
 from hessprobe.problem.measuring import with_parameters
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.operation_rules import without_rules
 
 SMALLEST = 1e-3  # gradients below this part of the largest are not told from rounding
 
@@ -84,10 +85,24 @@ def forward_tangents(
     moved: tuple[str, ...],
 ) -> tuple[Tensor, Tensor]:
     """Returns outputs z (n, c) and J v (n, c) for v on the parameters `moved`, by dual numbers, without any graph."""
-    fixed = {name: x.detach() for name, x in theta.items()}
+    fixed = detached(theta)
     # Not under no_grad: that is how a model says where tangents are to stop. Nothing here wants gradients.
     with forward_ad.dual_level():
-        duals = {n: forward_ad.make_dual(x, tangents[n]) if n in moved else x for n, x in fixed.items()}
+        duals = moving(fixed, tangents, moved)
         z, jv = forward_ad.unpack_dual(objective.outputs(batch, duals))
         z = z.detach()
         return z, torch.zeros_like(z) if jv is None else jv.detach()
+
+
+def detached(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns parameters by name that want no gradients."""
+    with without_rules():
+        return {name: x.detach() for name, x in theta.items()}
+
+
+def moving(
+    fixed: Mapping[str, Tensor], tangents: Mapping[str, Tensor], moved: Collection[str]
+) -> dict[str, Tensor]:
+    """Returns parameters by name, those `moved` as dual numbers; inside a dual level."""
+    with without_rules():
+        return {n: forward_ad.make_dual(x, tangents[n]) if n in moved else x for n, x in fixed.items()}

@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from hessprobe.curvature.forward_mode import check_forward_mode
+from hessprobe.curvature.forward_mode import check_forward_mode, detached, moving
 from hessprobe.curvature.linearisation import Linearisation, NotLinearisable
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
@@ -101,8 +101,8 @@ class GaussNewton(ModelOperator):
                             d, shares = self.partition.unflatten(row), self.partition.unflatten(into)
                             for moved, wanted in names:
                                 curved = self._curve(z, batch, z_and_j.tangent(d, moved))
-                                for name, share in z_and_j.pull_back(curved, wanted).items():
-                                    shares[name].add_(share)
+                                back = z_and_j.pull_back(curved, wanted)
+                                torch._foreach_add_([shares[name] for name in back], list(back.values()))
                 return product
             except (RuntimeError, NotImplementedError) as refusal:
                 if self._refused(refusal) and not self._cut_finer():
@@ -210,11 +210,11 @@ def dual_pass(
         wanted: the parameters that J^T w is wanted for. The function serves once: it frees its graph as it goes.
     """
     check_forward_mode(objective, batch, theta)
-    fixed = {name: x.detach() for name, x in theta.items()}
+    fixed = detached(theta)
     # The dual numbers lie BELOW the level at which vjp records, so tangents leave no reverse graph behind (no_grad() would
     # stop the tangents themselves). And the dual level ends before the pull-back: inside it, that would carry tangents too.
     with forward_ad.dual_level():
-        duals = {n: forward_ad.make_dual(x, tangents[n]) if n in moved else x for n, x in fixed.items()}
+        duals = moving(fixed, tangents, moved)
 
         def outputs(own: dict[str, Tensor]) -> Tensor:
             return objective.outputs(batch, {**duals, **own})

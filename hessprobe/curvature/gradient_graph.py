@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hessprobe.problem.measuring import with_parameters
 from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.operation_rules import without_rules
 
 
 class GradientGraph:
@@ -67,7 +68,8 @@ class GradientGraph:
 
         Cost: 2 gradients, less where columns and rows lie near the outputs.
         """
-        pairs = [(g, v[n]) for n in moved if (g := self._firsts[n]) is not None and g.requires_grad]
+        with without_rules():
+            pairs = [(g, v[n]) for n in moved if (g := self._firsts[n]) is not None and g.requires_grad]
         if not pairs:  # linear in every moved parameter
             return {}
         firsts, along = zip(*pairs, strict=True)

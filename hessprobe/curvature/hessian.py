@@ -18,7 +18,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from hessprobe.curvature.forward_mode import NoForwardMode, check_forward_mode
+from hessprobe.curvature.forward_mode import NoForwardMode, check_forward_mode, moving
 from hessprobe.curvature.gradient_graph import GradientGraph
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
@@ -108,11 +108,7 @@ class Hessian(ModelOperator):
         fixed = self.leaves(())
         check_forward_mode(self.objective, batch, fixed)
         with forward_ad.dual_level():
-            theta = {
-                name: forward_ad.make_dual(leaf, tangents[name]) if name in moved else leaf
-                for name, leaf in fixed.items()
-            }
-            self._gradient(batch, theta, rows, keep)
+            self._gradient(batch, moving(fixed, tangents, moved), rows, keep)
         return product
 
     def _gradient(
@@ -152,8 +148,9 @@ class Hessian(ModelOperator):
         product = torch.zeros_like(v)
         for row, into in zip(v, product, strict=True):
             shares = self.partition.unflatten(into)
-            for name, share in graph.product(self.partition.unflatten(row), moved, wanted).items():
-                shares[name].copy_(share)
+            found = graph.product(self.partition.unflatten(row), moved, wanted)
+            if found:
+                torch._foreach_copy_([shares[name] for name in found], list(found.values()))
         return product
 
     def linearised(self, keep: int, *, compare: bool = True) -> Self:

@@ -15,6 +15,7 @@ from torch import Tensor
 from hessprobe.curvature.first_order import first_order
 from hessprobe.problem.measuring import with_parameters
 from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.operation_rules import without_rules
 
 
 class NotLinearisable(RuntimeError):
@@ -89,7 +90,8 @@ class Linearisation:
 
     def tangent(self, v: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
         """Returns J v (n, c) for v on the parameters `names` alone. Cost: 2/3 gradient for all, 1/3 and less for few."""
-        live = [(g, v[n]) for n in names if (g := self._pulled[n]) is not None and g.requires_grad]
+        with without_rules():
+            live = [(g, v[n]) for n in names if (g := self._pulled[n]) is not None and g.requires_grad]
         if not live:
             return torch.zeros_like(self._w)
         firsts, along = zip(*live, strict=True)

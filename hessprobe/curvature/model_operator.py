@@ -19,6 +19,7 @@ from hessprobe.errors import UserError, unknown_name
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import Share
@@ -124,9 +125,10 @@ class ModelOperator(CurvatureOperator):
     def flatten_rows(self, tensors: dict[str, Tensor], k: int) -> Tensor:
         """Returns (k, p) from (k, *shape) tensors by name; what is missing is zero."""
         product = torch.zeros(k, self.size, dtype=self.dtype, device=self.device)
-        for slot in self.partition.slots:
-            if slot.name in tensors:
-                product[:, slot.start : slot.stop] = tensors[slot.name].reshape(k, -1)
+        with without_rules():
+            for slot in self.partition.slots:
+                if slot.name in tensors:
+                    product[:, slot.start : slot.stop] = tensors[slot.name].reshape(k, -1)
         return product
 
     @cached_property
@@ -249,4 +251,5 @@ def _kind(objective: Objective, partition: Partition) -> tuple[torch.dtype, torc
     """Returns the type that a model's parameters have in common, and their device."""
     own = present(objective.model, partition.shapes)
     dtype = common_dtype(own.values())
+    assert dtype is not None  # a partition has parameters
     return dtype, own[partition.names[0]].device

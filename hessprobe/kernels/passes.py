@@ -12,6 +12,7 @@ from hessprobe.errors import UserError
 from hessprobe.kernels.plan import NotOneCall, Tap
 from hessprobe.kernels.sequence_gradients import outputs_of
 from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.operation_rules import without_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,15 @@ def forward_and_backward(
 
     def noted(tap: Tap, gradient: Tensor) -> None:
         arrivals[id(tap)] += 1
-        arrived(tap, gradient.detach())
+        with without_rules():
+            arrived(tap, gradient.detach())
 
     def tapped(tap: Tap) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            with without_rules():
+                return looked_at(inputs, output)
+
+        def looked_at(inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             # The graph, below this module; under no_grad it ends here, and so do gradients: they are zero.
             goes_on = inputs[0].requires_grad and output.requires_grad
             if recomputing:  # a checkpointed part, in backward: the same graph again, and nothing to note
@@ -89,12 +95,14 @@ def forward_and_backward(
                 f"{type(objective.model).__name__} returned NaN for micro-batch {number}: there is no curvature to "
                 "measure; look at the parameters and at the batch"
             )
-        forwarded(seen)
+        with without_rules():
+            forwarded(seen)
         seen.clear()
         fixed, targets = z.detach().to(dtype), objective.targets(batch)
         drawn: list[Tensor] = []
         for r, cotangent in enumerate(cotangents):
-            drawn.append(cotangent(fixed, targets).to(z.dtype))
+            with without_rules():
+                drawn.append(cotangent(fixed, targets).to(z.dtype))
             tensors, keep = [*(root for _, root in roots), *anchors()], r < len(cotangents) - 1
             if tensors:
                 grads = torch.autograd.grad(z, tensors, drawn[r], retain_graph=keep, allow_unused=True)

@@ -104,6 +104,21 @@ def cut(batch: Batch, start: int, stop: int, count: int, *, batch_first: bool = 
     return mapped(batch, part)
 
 
+def rearranged(batch: Batch, order: Tensor, count: int, *, batch_first: bool = True) -> Batch | None:
+    """Returns a batch of as many sequences with sequence order[i] in place i; None where none of its tensors counts them."""
+    moved = False
+
+    def part(x: Tensor) -> Tensor:
+        nonlocal moved
+        if not x.dim() or count_of(x, batch_first=batch_first) != count:
+            return x
+        moved = True
+        return x.index_select(0 if batch_first or x.dim() == 1 else 1, order.to(x.device))
+
+    found = mapped(batch, part)
+    return found if moved else None
+
+
 def listed(
     batches: Batch | list[Batch], targets: Callable[[Batch], Tensor], *, batch_first: bool = True
 ) -> list[Batch]:
@@ -158,9 +173,12 @@ def default_forward(model: nn.Module, batch: Batch, feed: str = INPUTS) -> Tenso
     found = called(model, batch, feed) if isinstance(batch, Mapping) else _of_pair(model, batch)
     z = logits_of(found)
     if z is None:
+        inputs = (
+            "**batch" if isinstance(batch, Mapping) else "batch" if isinstance(batch, Tensor) else "batch[0]"
+        )
         raise UserError(
-            f"{type(model).__name__} returned {type(found).__name__}: wanted a tensor of outputs or an object with "
-            ".logits; pass forward=lambda model, batch: ... to pick it out"
+            f"{type(model).__name__} returned {said(found)}: wanted a tensor of outputs or an object with "
+            f".logits; pass forward= that picks it out, as in forward=lambda model, batch: model({inputs})[0]"
         )
     return z
 
@@ -198,6 +216,13 @@ def logits_of(found: Any) -> Tensor | None:
 
 def _of_pair(model: nn.Module, batch: Batch) -> Any:
     """Returns whatever the model returns for the first entry: taken apart where its forward takes that many inputs."""
+    if isinstance(batch, Tensor):
+        return model(batch)  # targets= takes the targets out of it
+    if not isinstance(batch, (tuple, list)) or not batch:
+        raise UserError(
+            f"wanted a batch (inputs, targets) or a mapping, got {said(batch)}: pass forward=lambda model, batch: ... to "
+            "say how the model is called with it"
+        )
     inputs = batch[0]
     if isinstance(inputs, Tensor) or not isinstance(inputs, (Mapping, Sequence)):
         return model(inputs)
@@ -220,15 +245,22 @@ def default_targets(batch: Batch) -> Tensor:
             )
         return batch["labels"]
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        how = (
+            ": for token ids, forward=lambda model, ids: model(ids[:, :-1]), targets=lambda ids: ids[:, 1:]"
+            if isinstance(batch, Tensor)
+            else ""
+        )
         raise UserError(
-            f"wanted a batch (inputs, targets) or a mapping with 'labels', got {_said(batch)}; pass forward= "
-            "and targets= to take it apart"
+            f"wanted a batch (inputs, targets) or a mapping with 'labels', got {said(batch)}; pass forward= "
+            f"and targets= to take it apart{how}"
         )
     return batch[1]
 
 
-def _said(batch: Batch) -> str:
-    """Returns what a batch is, in words."""
-    if isinstance(batch, (tuple, list)):
-        return f"{type(batch).__name__} of {len(batch)}"
-    return type(batch).__name__
+def said(thing: object) -> str:
+    """Returns what a batch, or what a model returned, is in words."""
+    if isinstance(thing, Tensor):
+        return f"Tensor of shape {tuple(thing.shape)}"
+    if isinstance(thing, (tuple, list)):
+        return f"{type(thing).__name__} of {len(thing)}"
+    return type(thing).__name__

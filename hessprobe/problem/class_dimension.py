@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hessprobe.errors import UserError
 from hessprobe.problem.batches import Batch, mapped
-from hessprobe.problem.measuring import measuring
+from hessprobe.problem.measuring import measuring, with_parameters
 from hessprobe.problem.memory import is_out_of_memory
 
 LAST, SECOND = "last", "second"
@@ -82,7 +82,7 @@ def _run(model: nn.Module, forward: Callable[[nn.Module, Batch], Tensor], batch:
     """Returns the model's outputs, None where it cannot take the batch."""
     try:
         with measuring(model, forward_mode=False), torch.no_grad():
-            found = forward(model, batch)
+            found = with_parameters(model, {}, lambda: forward(model, batch))
     except Exception as error:  # whatever a model says of sequences it is not made for
         if is_out_of_memory(error):
             raise

@@ -16,6 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.problem.loss_checks import (
+    are_log_probabilities,
+    check_classes,
+    check_log_probabilities,
+    check_probabilities,
+    check_real,
+    linear_in_logarithms,
+)
 
 # Entries of a (tokens, classes) tile worked on at once: bounds the temporaries at large vocabularies (64 MiB in fp32).
 TILE = 2**24
@@ -31,9 +39,13 @@ class Loss:
 
     name: str
     family: str | None = None
+    looks_at_outputs = False  # whether `check_outputs` has anything to say
 
-    def check(self, targets: Tensor) -> None:
-        """Raises a UserError for targets that this loss cannot be meant for."""
+    def check(self, targets: Tensor, classes: int | None = None) -> None:
+        """Raises a UserError for targets that this loss cannot be meant for; `classes`: how many outputs a token has."""
+
+    def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raises a UserError for outputs (n, c) that this loss cannot be meant for."""
 
     def valid(self, targets: Tensor) -> Tensor:
         """Returns which of the n tokens carry a target, as a boolean (n,)."""
@@ -75,12 +87,19 @@ class CrossEntropy(Loss):
         ignore_index: tokens whose class is this one carry no target.
         weight: of each class (c,).
         label_smoothing: the share of every token's target that all classes have alike.
+        of_logarithms: outputs are logarithms of probabilities, of which it is the negative log-likelihood: softmax gives
+            back the probabilities, so that values and curvature are those of the loss with its softmax.
     """
 
     family = "softmax"
 
     def __init__(
-        self, ignore_index: int = -100, weight: Tensor | None = None, label_smoothing: float = 0.0
+        self,
+        ignore_index: int = -100,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        *,
+        of_logarithms: bool = False,
     ) -> None:
         self.ignore_index = ignore_index
         self.weight = None if weight is None else weight.detach()
@@ -89,18 +108,19 @@ class CrossEntropy(Loss):
         said = ["class weights"] * (weight is not None) + [f"label_smoothing={label_smoothing}"] * bool(
             label_smoothing
         )
-        self.name = f"cross_entropy ({', '.join(said)})" if said else "cross_entropy"
+        self.of_logarithms = self.looks_at_outputs = of_logarithms
+        named = "nll_loss" if of_logarithms else "cross_entropy"
+        self.name = f"{named} ({', '.join(said)})" if said else named
 
-    def check(self, targets: Tensor) -> None:
-        if not targets.is_floating_point():
-            return
-        sums = targets.detach().double().sum(-1)
-        if targets.shape[1] < 2 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
-            raise UserError(
-                f"cross_entropy: wanted class labels, or probabilities that sum to 1 over the last dimension, got real "
-                f"targets {tuple(targets.shape)} that do not: for a regression give loss='mean_squared_error' "
-                "(nn.MSELoss()), for several labels at once loss='binary_cross_entropy' (nn.BCEWithLogitsLoss())"
-            )
+    def check(self, targets: Tensor, classes: int | None = None) -> None:
+        if targets.is_floating_point():
+            check_probabilities(self.name, targets)
+        else:
+            check_classes(self.name, targets, self.ignore_index, classes)
+
+    def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
+        if self.of_logarithms:
+            check_log_probabilities(self.name, outputs)
 
     def valid(self, targets: Tensor) -> Tensor:
         return super().valid(targets) if targets.is_floating_point() else targets != self.ignore_index
@@ -169,8 +189,8 @@ class SquaredError(Loss):
         self.factor = 2.0 if mean_over_outputs else 1.0  # what its Hessian is, times the identity
         self.name = "mean_squared_error" if mean_over_outputs else "squared_error"
 
-    def check(self, targets: Tensor) -> None:
-        _check_real(self.name, targets)
+    def check(self, targets: Tensor, classes: int | None = None) -> None:
+        check_real(self.name, targets)
 
     def valid(self, targets: Tensor) -> Tensor:
         self.check(targets)
@@ -217,8 +237,8 @@ class BinaryCrossEntropy(Loss):
         said = ["weight"] * (weight is not None) + ["pos_weight"] * (pos_weight is not None)
         self.name = f"binary_cross_entropy ({', '.join(said)})" if said else "binary_cross_entropy"
 
-    def check(self, targets: Tensor) -> None:
-        _check_real(self.name, targets)
+    def check(self, targets: Tensor, classes: int | None = None) -> None:
+        check_real(self.name, targets)
 
     def valid(self, targets: Tensor) -> Tensor:
         self.check(targets)
@@ -252,20 +272,14 @@ class BinaryCrossEntropy(Loss):
         return self.hessian_scale(outputs, targets) * outputs.sigmoid() * (-outputs).sigmoid() * vectors
 
 
-def _check_real(name: str, targets: Tensor) -> None:
-    if targets.dim() != 2:
-        raise UserError(
-            f"{name}: wanted real targets, as many as outputs, got {targets.dtype} class labels: "
-            "convert them (targets.to(outputs), one-hot for classes), or use loss='cross_entropy'"
-        )
-
-
 class AutogradLoss(Loss):
     """Any convex loss given as a function (outputs (n, c), targets (n, ...)) -> losses per token (n,).
 
     Args:
         mean_over_outputs: the mean is over the c outputs of a token too, as of torch's losses of single numbers.
     """
+
+    looks_at_outputs = True
 
     def __init__(
         self,
@@ -287,6 +301,15 @@ class AutogradLoss(Loss):
     def weights(self, targets: Tensor) -> Tensor:
         valid = self.valid(targets)
         return valid * targets.shape[1] if self.mean_over_outputs and targets.dim() > 1 else valid
+
+    def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
+        if are_log_probabilities(outputs) and self.is_linear(outputs, targets):
+            raise UserError(linear_in_logarithms(self.name))
+
+    def is_linear(self, outputs: Tensor, targets: Tensor) -> bool:
+        """Tells whether the loss has no curvature in these outputs: then G is 0, and all of H is the model's own."""
+        outputs = outputs.detach()
+        return not bool(self.hessian_product(outputs, targets, torch.ones_like(outputs) + outputs).any())
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         losses = self.function(outputs, targets)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessprobe.errors import UserError
 from hessprobe.problem.module_state import ModuleState
-from hessprobe.problem.operation_rules import exact_rules
+from hessprobe.problem.operation_rules import exact_rules, without_rules
 from hessprobe.problem.swapping import swapped
 
 Result = TypeVar("Result")
@@ -65,13 +65,15 @@ def with_parameters(model: nn.Module, leaves: Mapping[str, Tensor], function: Ca
     Raises:
         UserError: a parameter of that name and shape is no longer there, or function() changes what cannot be put back.
     """
-    state = ModuleState(model)
-    back = swapped(model, leaves)
+    with without_rules():
+        state = ModuleState(model)
+        back = swapped(model, leaves)
     try:
         found = function()
     finally:
-        back()
-        lost = state.restore()
+        with without_rules():
+            back()
+            lost = state.restore()
     if lost:
         raise UserError(
             f"{type(model).__name__}: its forward pass changes {', '.join(lost[:5])}, which cannot be put back: keep such "

@@ -30,6 +30,7 @@ _ATOMS = frozenset({
 _OWNERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "accelerate",
            "deepspeed", "logging", "threading", "multiprocessing", "concurrent", "weakref", "hessprobe")  # fmt: skip
 OBJECTS = 2000  # objects searched for state in one attribute
+SMALL = 4096  # entries of a tensor that is compared after every forward pass: running means are no larger
 COPIED = 2**26  # bytes of tensors copied for one forward pass; of what is larger, changes are only noticed
 
 
@@ -44,46 +45,48 @@ class ModuleState:
     """
 
     def __init__(self, model: nn.Module, copied: int | None = COPIED) -> None:
-        self._left = copied
+        self._left, self._everything = copied, copied is None
         self._seen: set[int] = set()
-        self._modules: list[tuple[dict[str, Any], list[Any], list[str]]] = []
-        self._written: list[tuple[Tensor, int, nn.Module]] = []
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._owners: list[tuple[nn.Module, Tensor]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[str, Tensor, int, Tensor | None]] = []
         self._setters: list[Callable[[], None]] = []
         self._marks: list[tuple[str, Any, Any]] = []
         self._add_module("", model)
+        self._versions = [_version(parameter) for _, parameter in self._owners]
 
     def restore(self) -> list[str]:
         """Puts everything back; returns the names of what has changed and could not be."""
-        for now, was, keys in self._modules:
-            if len(now) != len(was) or not all(map(is_, now.values(), was)):
-                _as_before(now, was, keys)
+        for now, was in self._attributes:
+            if len(now) != len(was) or not all(map(is_, now.values(), was.values())):
+                _as_before(now, was)
         for now, was in self._containers:
             _filled_as_before(now, was)
         for put_back in self._setters:
             put_back()
         lost = []
         for name, tensor, version, copy in self._tensors:
-            if _version(tensor) != version or version < 0:
+            if _version(tensor) != version or version < 0 or (copy is not None and self._compares(copy)):
                 if copy is not None:
                     _written_back(tensor, copy)
                 elif version >= 0:
                     lost.append(name)
-        for parameter, version, module in self._written:
+        for (module, parameter), version in zip(self._owners, self._versions, strict=True):
             if _version(parameter) != version:
                 own = [name for name, held in module._parameters.items() if held is parameter]
                 lost.append(f"{type(module).__name__}'s {', '.join(own)}")
         return lost + [name for name, value, mark in self._marks if _mark(value) != mark]
 
+    def _compares(self, copy: Tensor) -> bool:
+        """Tells whether a tensor is compared although torch counts no write: batch_norm's kernels write uncounted."""
+        return self._everything or copy.numel() <= SMALL
+
     def _add_module(self, prefix: str, module: nn.Module) -> None:
         self._seen.add(id(module))
         attributes = module.__dict__
-        values = [*attributes.values()]
-        self._modules.append((attributes, values, [*attributes]))
-        for parameter in attributes["_parameters"].values():
-            if parameter is not None:
-                self._written.append((parameter, _version(parameter), module))
+        self._attributes.append((attributes, attributes.copy()))
+        self._owners += [(module, p) for p in attributes["_parameters"].values() if p is not None]
         buffers, modules = attributes["_buffers"], attributes["_modules"]
         if buffers:
             unsaved = attributes["_non_persistent_buffers_set"]
@@ -91,13 +94,14 @@ class ModuleState:
             for name, buffer in buffers.items():
                 if buffer is not None:
                     self._add_tensor(f"{prefix}{name}", buffer)
-        for value in plain_values(attributes):
-            if type(value) not in _ATOMS:
+        plain = plain_values(attributes)
+        if not _ATOMS.issuperset(map(type, plain)):
+            for value in (value for value in plain if type(value) not in _ATOMS):
                 name = next(key for key, held in attributes.items() if held is value)
                 self._objects = 0
                 self._add(f"{prefix}{name}", value)
         if modules:
-            self._containers.append((modules, modules.copy()))
+            self._attributes.append((modules, modules.copy()))
             for name, part in modules.items():
                 if part is not None and id(part) not in self._seen:
                     self._add_module(f"{prefix}{name}.", part)
@@ -175,11 +179,14 @@ class ModuleState:
                 self._add(f"{name}.{slot}", part)
 
 
-def _as_before(now: dict[str, Any], was: list[Any], keys: list[str]) -> None:
-    """Gives a module's __dict__ the attributes that it had."""
-    for key in [key for key in now if key not in keys]:
+def _as_before(now: dict[str, Any], was: dict[str, Any]) -> None:
+    """Gives a module's __dict__, or its modules, what was there, in the order in which it was there."""
+    for key in [key for key in now if key not in was]:
         del now[key]
-    now.update(zip(keys, was, strict=True))
+    now.update(was)
+    if [*now] != [*was]:  # modules run in this order
+        now.clear()
+        now.update(was)
 
 
 def _filled_as_before(now: Any, was: Any) -> None:

@@ -22,14 +22,18 @@ from hessprobe.problem.batches import (
     default_targets,
     listed,
     pieces_of,
+    rearranged,
+    said,
 )
 from hessprobe.problem.losses import Loss, loss_named
 from hessprobe.problem.measuring import measuring, with_parameters
+from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition, unwrapped
 from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.problem.readings import Readings
 from hessprobe.problem.shares import Share, share_of
+from hessprobe.problem.splitting import agree, do_not_fit
 from hessprobe.problem.swapping import common_dtype
 
 # Positions (tokens) that go through the model at once. They fill any device, and a longer batch is done in pieces, since
@@ -96,7 +100,7 @@ class Objective:
         self.processes = processes
         self.batch_first = batch_first
         self.auxiliary = auxiliary
-        self._splits: bool | None = None if forward is None and targets is None else False
+        self._splits: bool | None = None
         self._forward = forward or self._default_forward
         self.trust = Trust()
         self._targets = targets or default_targets
@@ -143,19 +147,38 @@ class Objective:
 
         Cost: nothing, but for the first ones: forward passes that tell how labels and outputs meet (see Objective).
         """
+        found = self.held(batches)
+        for batch in found:
+            self._meet(batch)
+        self.check_targets(found)
+        return found
+
+    def held(self, batches: Batch | list[Batch]) -> list[Batch]:
+        """Returns the batches as a list, without those of no sequence, as they are: nothing is found out of them."""
         found = self.listed(batches)
         if not found:
             raise UserError("no batch given: wanted a batch or a non-empty list of batches")
-        found = [batch for batch in found if self.sequences(batch)]
-        for batch in found:
-            self._meet(batch)
+        return [batch for batch in found if self.sequences(batch)]
+
+    def check_targets(self, batches: list[Batch]) -> None:
+        """Raises a UserError for targets that the loss cannot be meant for, and where none of them is there."""
+        for batch in batches:
             self.loss_function.check(self.targets(batch))
-        if self.weight(found) == 0:
+        if self.weight(batches) == 0:
             raise UserError(
                 "no token carries a target: every one is ignored, so loss and curvature are 0/0; pass batches "
                 "with at least one target that is not ignore_index"
             )
-        return found
+
+    def holds_targets(self, batches: Batch | list[Batch]) -> bool:
+        """Tells whether any label is one, shifted or not; nothing is found out of the batches."""
+        labels = [self.labels(batch) for batch in self.listed(batches)]
+        return any(
+            bool(self.loss_function.valid(y.reshape(-1)).any())
+            if not y.is_floating_point()
+            else y.numel() > 0
+            for y in labels
+        )
 
     def tokens(self, batches: Batch | list[Batch]) -> int:
         """Returns the number of tokens with a target in a batch or a list of micro-batches."""
@@ -172,12 +195,14 @@ class Objective:
         """Returns the batch's targets flattened over its tokens: (n,), or (n, c) for real ones."""
         if not self._readings.met:
             self._meet(batch)
-        y = self._readings.targets(self.labels(batch))
-        if self._shifts(batch):
-            y = y[:, 1:]
-        if y.is_floating_point():
-            return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(-1, 1)
-        return y.reshape(-1)
+        y = self.labels(batch)
+        with without_rules():
+            y = self._readings.targets(y)
+            if self._shifts(batch):
+                y = y[:, 1:]
+            if y.is_floating_point():
+                return y.reshape(-1, y.shape[-1]) if y.dim() > 1 else y.reshape(-1, 1)
+            return y.reshape(-1)
 
     def labels(self, batch: Batch) -> Tensor:
         """Returns the batch's targets as they come, sequences first."""
@@ -187,16 +212,58 @@ class Objective:
                 f"targets are a {type(y).__name__}: wanted a tensor, one target for every token; pass forward= and targets= "
                 "to take the batch apart"
             )
-        count_of(y)
-        return y if self.batch_first or y.dim() < 2 else y.transpose(0, 1)
+        with without_rules():
+            count_of(y)
+            return y if self.batch_first or y.dim() < 2 else y.transpose(0, 1)
 
     def _meet(self, batch: Batch) -> None:
-        self._readings.meet(
-            batch,
-            self.labels(batch),
-            lambda count: self.cut(batch, 0, count),
-            lambda _, some: self.raw_outputs(some),
+        self._check_labels(batch)
+        self._readings.meet(batch, self.labels(batch), *self._asked(batch))
+        if self.loss_function.looks_at_outputs and not self._readings.looked:
+            self._readings.looked = True
+            one = self.cut(batch, 0, 1) if self.splits else batch
+            with measuring(self.model, forward_mode=False), torch.no_grad():
+                z = self.outputs(one)
+            self.loss_function.check_outputs(z, self.targets(one))
+
+    def _check_labels(self, batch: Batch) -> None:
+        if not (y := self.labels(batch)).is_floating_point():
+            self.loss_function.check(y.reshape(-1))
+
+    def _asked(self, batch: Batch) -> tuple[Callable[[int], Batch], Callable[[nn.Module, Batch], Tensor]]:
+        return lambda count: self.cut(batch, 0, count), lambda _, some: with_parameters(
+            self.model, {}, lambda: self.raw_outputs(some)
         )
+
+    def look(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Returns `outputs` of a batch, and finds out by the same pass what `micro_batches` asks more passes for.
+
+        `presumes` tells whether it is then open that the model gives these outputs without its labels too.
+
+        Raises:
+            UserError: see `outputs` and `micro_batches`.
+        """
+        self._check_labels(batch)
+        y, asked = self.labels(batch), self._asked(batch)
+        raw = with_parameters(self.model, parameters or {}, lambda: self._readings.look(batch, y, *asked))
+        z, targets = self._fitted(raw, batch), self.targets(batch)
+        self.loss_function.check(targets, z.shape[1])
+        if self.loss_function.looks_at_outputs:
+            self._readings.looked = True
+            self.loss_function.check_outputs(z, targets)
+        return z
+
+    @property
+    def presumes(self) -> bool:
+        """Whether it is open that outputs without labels are those with them, of which `look` returned the second."""
+        return self._readings.presumes
+
+    def settle(self, batch: Batch, parameters: Mapping[str, Tensor] | None, *, agreed: bool) -> bool:
+        """Settles what `look` presumed, by passes where outputs did not agree; tells whether they are others now."""
+        if agreed:
+            self._readings.agreed()
+            return False
+        return with_parameters(self.model, parameters or {}, lambda: self._readings.settle(batch))
 
     def _shifts(self, batch: Batch) -> bool:
         """Tells whether labels stand one place to the right of their outputs: in a mapping, not a pair."""
@@ -227,24 +294,27 @@ class Objective:
         """
         return cut(batch, start, stop, self.sequences(batch), batch_first=self.batch_first)
 
+    def rearranged(self, batch: Batch, order: Tensor) -> Batch | None:
+        """Returns a batch with sequence order[i] in place i; None where none of its tensors counts sequences."""
+        return rearranged(batch, order, self.sequences(batch), batch_first=self.batch_first)
+
     def split(self, batch: Batch, pieces: int) -> list[Batch]:
         """Returns the batch as that many batches of its sequences (fewer where it holds fewer), or whole.
 
-        It stays whole where nothing says how to cut it (`forward` or `targets` given, entries of other lengths) and
-        where sequences of one batch see each other: a model's outputs on pieces are compared once with the whole's, of
-        as many sequences as go through it at once. Cost: two forward passes, once.
+        It stays whole where it cannot be cut (entries of other lengths, `forward` or `targets` that want all of them) and
+        where sequences of one batch see each other: targets and a model's outputs on pieces are compared once with the
+        whole's, of as many sequences as go through it at once. Cost: two forward passes, once.
         """
-        found = [batch] if pieces < 2 or self._splits is False else self._cut_into(batch, pieces)
+        if pieces < 2 or self._splits is False:
+            return [batch]
+        found = self._cut_into(batch, pieces)
         if len(found) > 1 and self._splits is None:
             count, positions = self.sequence_shape(batch)
             some = self.cut(batch, 0, min(count, max(2, sequences_at_once(count, positions))))
-            parts = self._cut_into(some, pieces)
-            with measuring(self.model, forward_mode=False), torch.no_grad():
-                whole, joined = self.outputs(some), torch.cat([self.outputs(part) for part in parts])
-            if not bool(whole.any()) and not bool(joined.any()):
+            seen = agree(self, some, self._cut_into(some, pieces))
+            if seen is None:
                 return found  # a head that starts at zero: equal, and still undecided
-            gap = (whole - joined).norm() / whole.norm()
-            self._splits = bool(gap <= torch.finfo(whole.dtype).eps ** 0.6)  # rounding's, not another model's
+            self._splits = seen
         return found if self._splits or len(found) == 1 else [batch]
 
     def _cut_into(self, batch: Batch, pieces: int) -> list[Batch]:
@@ -276,18 +346,22 @@ class Objective:
         Raises:
             UserError: outputs and targets do not fit together, or the model returns no tensor of outputs.
         """
-        expected, y = self.targets(batch), self.labels(batch)
-        z = with_parameters(self.model, parameters or {}, lambda: self._forward(self.model, batch))
-        z = self._readings.outputs(z if self.batch_first or z.dim() < 2 else z.transpose(0, 1), y)
-        if self._shifts(batch):
-            z = z[:, :-1]
-        z = z.reshape(-1, z.shape[-1]) if z.dim() > 1 else z.reshape(-1, 1)
-        if z.shape[0] != expected.shape[0] or (expected.dim() == 2 and expected.shape != z.shape):
-            raise UserError(
-                f"outputs {tuple(z.shape)} (tokens, classes) do not fit targets {tuple(y.shape)}: wanted one target "
-                "per token with the class dimension of the outputs last; forward= and targets= say how they come"
-            )
-        return z
+        if not self._readings.met:
+            self._meet(batch)
+        z = with_parameters(self.model, parameters or {}, lambda: self.raw_outputs(batch))
+        return self._fitted(z, batch)
+
+    def _fitted(self, z: Tensor, batch: Batch) -> Tensor:
+        """Returns outputs as the model gave them, sequences first, as (n, c)."""
+        expected, y, came = self.targets(batch), self.labels(batch), z.shape
+        with without_rules():
+            z = self._readings.outputs(z, y)
+            if self._shifts(batch):
+                z = z[:, :-1]
+            z = z.reshape(-1, z.shape[-1]) if z.dim() > 1 else z.reshape(-1, 1)
+            if z.shape[0] != expected.shape[0] or (expected.dim() == 2 and expected.shape != z.shape):
+                raise UserError(do_not_fit(came, y, batch_first=self.batch_first))
+            return z
 
     def loss(self, batches: Batch | list[Batch], parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Returns the mean loss per token (0-d), differentiable in the parameters but for several processes.
@@ -295,10 +369,11 @@ class Objective:
         Cost: a forward pass.
         """
         listed = self.micro_batches(batches)
-        values = [
-            self.loss_function.value(self.outputs(piece, parameters), self.targets(piece))
-            for piece in self.own_pieces(listed)
-        ]
+        values = []
+        for piece in self.own_pieces(listed):
+            z, y = self.outputs(piece, parameters), self.targets(piece)
+            self.loss_function.check(y, z.shape[1])
+            values.append(self.loss_function.value(z, y))
         if self.processes.count == 1:
             return torch.stack(values).sum() / self.weight(listed)
         device = next(self.model.parameters()).device
@@ -322,6 +397,7 @@ class Objective:
             def summed(batch: Batch) -> tuple[Tensor, Tensor]:
                 z, y = self.outputs(batch, leaves), self.targets(batch)
                 fixed = z.detach()
+                self.loss_function.check(y, z.shape[1])
                 part = self.loss_function.value(fixed, y).detach() / weight
                 return part, pull_back(
                     z, leaves, partition.names, self.loss_function.gradient(fixed, y) / weight
@@ -338,8 +414,13 @@ class Objective:
 
     def raw_outputs(self, batch: Batch) -> Tensor:
         """Returns what the model returns for a batch at its own parameters, sequences first, else as it comes."""
-        z = with_parameters(self.model, {}, lambda: self._forward(self.model, batch))
-        return z if self.batch_first or not isinstance(z, Tensor) or z.dim() < 2 else z.transpose(0, 1)
+        z = self._forward(self.model, batch)
+        if not isinstance(z, Tensor):
+            raise UserError(
+                f"forward= returned {said(z)}: wanted a tensor of outputs, class dimension last; pick it out, as in "
+                "forward=lambda model, batch: model(batch[0])[0] (.logits of an object that has them)"
+            )
+        return z if self.batch_first or z.dim() < 2 else z.transpose(0, 1)
 
     def _default_forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return default_forward(model, batch, self._readings.feed)
@@ -355,9 +436,10 @@ class Objective:
         Where the model's own are of several precisions, all leaves have the highest of them.
         """
         source = parameters if parameters is not None else present(self.model, partition.shapes)
-        dtype = common_dtype(source.values())
         wanted = set(partition.names if names is None else names)
-        return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in partition.names}
+        with without_rules():
+            dtype = common_dtype(source.values())
+            return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in partition.names}
 
 
 def sequences_at_once(count: int, positions: int) -> int:
@@ -372,6 +454,10 @@ def pull_back(
     """Returns J^T cotangent for the named leaves as one vector; a leaf the outputs do not depend on gives zeros."""
     inputs = [leaves[name] for name in names]
     grads = torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True)
-    return torch.cat(
-        [(torch.zeros_like(x) if g is None else g).reshape(-1) for x, g in zip(inputs, grads, strict=True)]
-    )
+    with without_rules():
+        return torch.cat(
+            [
+                (torch.zeros_like(x) if g is None else g).reshape(-1)
+                for x, g in zip(inputs, grads, strict=True)
+            ]
+        )

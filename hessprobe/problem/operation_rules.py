@@ -18,6 +18,9 @@ from torch.overrides import TorchFunctionMode
 from hessprobe.problem.activations import GELU, SILU
 
 Rule = Callable[..., Any]
+_autocast_is_on = torch.is_autocast_enabled
+# Within it no rule looks on: for what is not the model's, since a mode sees every attribute of a tensor that is read.
+without_rules = torch._C.DisableTorchFunction
 
 
 class exact_rules(TorchFunctionMode):
@@ -37,13 +40,11 @@ class exact_rules(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if not self.autocast and torch.is_autocast_enabled(self.device):
+        if not self.autocast and _autocast_is_on(self.device):
             # The caller's autocast puts back, when it ends, what was before it began.
             torch.set_autocast_enabled(self.device, False)
-        rule = self.rules.get(func)
-        if rule is not None:
-            return rule(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        rule = self.rules.get(func, func)
+        return rule(*args, **kwargs) if kwargs else rule(*args)
 
 
 def _gelu(input: Tensor, *, approximate: str = "none") -> Any:

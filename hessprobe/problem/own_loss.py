@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from hessprobe.errors import UserError
 from hessprobe.problem.batches import DECODER_INPUTS, INPUTS, LABELS, Batch, called, logits_of
 from hessprobe.problem.class_dimension import classes_last
-from hessprobe.problem.losses import BinaryCrossEntropy, Loss, SquaredError
+from hessprobe.problem.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
 from hessprobe.problem.measuring import measuring, with_parameters
 from hessprobe.problem.memory import is_out_of_memory
 
@@ -93,25 +94,27 @@ def read(
     batch: Mapping[str, Any],
     loss: Loss,
     auxiliary: Auxiliary,
+    own: OwnLoss | None,
     *,
     own_counts: bool,
+    presume: bool = False,
 ) -> Reading:
     """Returns how the model reads the labels of a mapping.
 
     Args:
         loss: the objective's.
+        own: what the model made of the mapping (`own_loss`).
         own_counts: whether the model's own loss is what is trained: none was given in its place.
+        presume: that the model can be called in the first of its `ways`: the caller finds out.
 
-    Cost: 2 forward passes, a third where the loss alone does not tell.
+    Cost: a forward pass, none where it presumes; one more where the loss alone does not tell, and what `auxiliary` costs.
 
     Raises:
         UserError: the model's own loss is none that is known here, with both values.
     """
-    own = own_loss(model, batch)
     if own is None:
-        made = hasattr(model, "prepare_decoder_input_ids_from_labels")
-        return Reading(shifted=_named_causal(model), feed=DECODER_INPUTS if made else INPUTS)
-    feed = _feed(model, batch, own)
+        return Reading(shifted=_named_causal(model), feed=ways(model)[0])
+    feed = ways(model)[0] if presume else found_feed(model, batch, own)
     if own.logits is None:
         return Reading(shifted=_named_causal(model), feed=feed)
     labels = batch["labels"]
@@ -119,10 +122,9 @@ def read(
     if not candidates:  # outputs and targets do not fit: said where they meet
         return Reading(shifted=_named_causal(model), feed=feed, settled=True)
     if not own_counts or auxiliary == "ignore" or not bool(torch.isfinite(own.loss)):
-        return Reading(shifted=_probed(model, batch, candidates), feed=feed, settled=own_counts)
+        return Reading(shifted=_shifts(model, batch, own, candidates), feed=feed, settled=True)
     wanted = float(less_auxiliary(model, batch, own.loss, auxiliary))
-    allowed = _rounding(own, model) * max(abs(wanted), 1e-4)
-    fits = [one for one in candidates if abs(one.value - wanted) <= allowed]
+    fits = _fitting(candidates, wanted, own, model)
     if not fits:
         raise UserError(_disagreement(wanted, candidates, own, auxiliary))
     shifts = {one.shifted for one in fits}
@@ -180,17 +182,38 @@ def _candidates(z: Tensor, labels: Tensor, loss: Loss) -> list[_Candidate]:
     return found
 
 
-def _feed(model: nn.Module, batch: Mapping[str, Any], own: OwnLoss) -> str:
+def _fitting(candidates: list[_Candidate], wanted: float, own: OwnLoss, model: nn.Module) -> list[_Candidate]:
+    allowed = _rounding(own, model) * max(abs(wanted), 1e-4)
+    return [one for one in candidates if abs(one.value - wanted) <= allowed]
+
+
+def _shifts(model: nn.Module, batch: Mapping[str, Any], own: OwnLoss, candidates: list[_Candidate]) -> bool:
+    """Tells whether the model shifts labels where another loss than its own is trained: its own still is cross-entropy.
+
+    Cost: a forward pass, where that does not tell.
+    """
+    if len(candidates) > 1 and own.logits is not None and not batch["labels"].is_floating_point():
+        plain = _candidates(own.logits, batch["labels"], CrossEntropy(IGNORED))
+        shifts = {one.shifted for one in _fitting(plain, float(own.loss), own, model)}
+        if len(shifts) == 1:
+            return shifts.pop()
+    return _probed(model, batch, candidates)
+
+
+def ways(model: nn.Module) -> list[str]:
+    """Returns how a model may be called for its outputs alone, the likelier first."""
+    made = hasattr(model, "prepare_decoder_input_ids_from_labels")
+    return [DECODER_INPUTS, INPUTS] if made else [INPUTS]
+
+
+def found_feed(model: nn.Module, batch: Mapping[str, Any], own: OwnLoss) -> str:
     """Returns how the model is called so that its outputs are those behind its own loss, without the loss if possible."""
-    ways = [INPUTS]
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        ways.insert(0, DECODER_INPUTS)
     if own.logits is None:
-        return ways[0]
-    for way in ways:
+        return ways(model)[0]
+    for way in ways(model):
         try:
             with measuring(model, forward_mode=False), torch.no_grad():
-                z = logits_of(with_parameters(model, {}, lambda way=way: called(model, batch, way)))
+                z = logits_of(with_parameters(model, {}, partial(called, model, batch, way)))
         except Exception as error:  # no outputs without labels: an encoder-decoder that wants decoder inputs
             if is_out_of_memory(error):
                 raise

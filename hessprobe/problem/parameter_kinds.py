@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.swapping import CHANGED
+from hessprobe.problem.operation_rules import without_rules
+from hessprobe.problem.swapping import CHANGED, parameter_named
 
 SHOWN = 5  # names in a message
 
@@ -46,12 +47,15 @@ def present(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, nn.
     Raises:
         UserError: one is gone, or has another shape.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name, shape in shapes.items():
-        if name not in named or named[name].shape != shape:
-            now = f"{tuple(named[name].shape)} now" if name in named else "gone"
-            raise UserError(f"{CHANGED} ({name!r}, {tuple(shape)}, is {now})")
-    return {name: named[name] for name in shapes}
+    found: dict[str, nn.Parameter] = {}
+    with without_rules():
+        for name, shape in shapes.items():
+            there = parameter_named(model, name)
+            if there is None or there.shape != shape:
+                now = "gone" if there is None else f"{tuple(there.shape)} now"
+                raise UserError(f"{CHANGED} ({name!r}, {tuple(shape)}, is {now})")
+            found[name] = there
+    return found
 
 
 def _own_class(parameter: Tensor) -> str | None:

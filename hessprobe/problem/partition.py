@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hessprobe.errors import UserError, unknown_name, warn
 from hessprobe.problem.layer_names import fine_name, reading_order
 from hessprobe.problem.layer_roles import layer_of_names
+from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import check_kinds, present
 from hessprobe.problem.stacks import Stacks, stacks_of
 
@@ -173,8 +174,12 @@ class Partition:
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Returns views by parameter name, each (..., *shape), of a vector (..., p)."""
-        lead = vector.shape[:-1]
-        return {s.name: vector[..., s.start : s.stop].reshape((*lead, *s.shape)) for s in self.slots}
+        with without_rules():
+            lead = vector.shape[:-1]
+            return {
+                s.name: vector.narrow(-1, s.start, s.stop - s.start).reshape((*lead, *s.shape))
+                for s in self.slots
+            }
 
     def vector(self, model: nn.Module) -> Tensor:
         """Returns a detached copy of the model's parameters as one vector (p,)."""

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hessprobe.problem.batches import Batch
-from hessprobe.problem.class_dimension import LAST, check_known, classes_last, found_place
+from hessprobe.problem.class_dimension import LAST, check_known, classes_last, found_place, possible
 from hessprobe.problem.losses import Loss
-from hessprobe.problem.own_loss import Auxiliary, Reading, less_auxiliary, own_loss, read
+from hessprobe.problem.own_loss import (
+    Auxiliary,
+    OwnLoss,
+    Reading,
+    found_feed,
+    less_auxiliary,
+    own_loss,
+    read,
+)
 
 TRIES = 3  # batches that may be asked before what they have not told stays unknown
 
@@ -24,6 +34,11 @@ class Readings:
         default: nothing was said of how to take a batch apart (forward=, targets=).
         own_counts: nor of the loss: the model's own, where it has one, is what is trained.
         batch_first: whether sequences come first.
+
+    Attributes:
+        met: whether any batch was met.
+        looked: whether outputs have been shown to the loss (`check_outputs`).
+        presumes: whether it is still open that the model's outputs without its labels are those with them.
     """
 
     def __init__(
@@ -42,7 +57,9 @@ class Readings:
         # Those who write forward= put classes last; and who puts positions first does.
         self._place: str | None = None if default and batch_first else LAST
         self._probabilities_second = False
-        self._labels_tried, self._places_tried, self.met = 0, 0, False
+        self.batch_first = batch_first
+        self._labels_tried, self._places_tried = 0, 0
+        self.met = self.presumes = self.looked = False
 
     @property
     def loss(self) -> Loss:
@@ -80,18 +97,91 @@ class Readings:
         if not self.default:
             return
         positions = labels.shape[1] if labels.dim() > 1 else 1
-        if isinstance(batch, Mapping) and not self._reading.settled and self._labels_tried < TRIES:
+        if self._asks(batch):
             count = max(1, min(labels.shape[0], 8192 // max(1, positions)))
-            self._reading = read(
-                self.model, some(count), self._given, self.auxiliary, own_counts=self.own_counts
-            )
-            self._labels_tried += 1
-        if labels.is_floating_point():
-            if labels.dim() > 2 and self.loss.family == "softmax":
-                self._probabilities_second = _sums_to_one(labels, 1) and not _sums_to_one(labels, -1)
-        elif labels.dim() > 1 and self._place is None and self._places_tried < TRIES:
+            part = some(count)
+            self._read(part, own_loss(self.model, part))
+        self._meet_probabilities(labels)
+        if self._place_open(labels):
             self._place = found_place(self.model, forward, some(1), labels[:1])
             self._places_tried += 1
+
+    def look(
+        self,
+        batch: Batch,
+        labels: Tensor,
+        some: Callable[[int], Batch],
+        forward: Callable[[nn.Module, Batch], Tensor],
+    ) -> Tensor:
+        """Returns what the model returns for a batch, and finds out by the same pass what `meet` asks several for.
+
+        The one pass is with the labels where the model's own loss is not known yet; that it gives the same outputs without
+        them is presumed (`presumes`) until `agreed` or `settle` is called. Where as many classes as positions leave open
+        which dimension is theirs, or two readings of the labels have one loss, further passes follow. Arguments and
+        errors: see `meet`.
+        """
+        self.met, z = True, None
+        if self.default and self._asks(batch):
+            own = own_loss(self.model, batch)
+            self._read(batch, own, presume=True)
+            z = None if own is None else own.logits
+            self.presumes = z is not None
+        if z is None:
+            z = forward(self.model, batch)
+        elif not self.batch_first and z.dim() > 1:
+            z = z.transpose(0, 1)
+        if self.default:
+            self._meet_probabilities(labels)
+            if isinstance(z, Tensor) and self._place_open(labels):
+                places = possible(z, labels)
+                self._place = places[0] if len(places) == 1 else None
+                if len(places) == 2:
+                    self._place = found_place(self.model, forward, some(1), labels[:1])
+                self._places_tried += 1
+        return z
+
+    def agreed(self) -> None:
+        """Says that outputs without labels have been seen to be those with them."""
+        self.presumes = False
+
+    def settle(self, batch: Batch) -> bool:
+        """Finds out how the model is called for the outputs of its own loss, and tells whether it is another way.
+
+        Cost: 2 to 3 forward passes.
+        """
+        before, own, self.presumes = self.feed, own_loss(self.model, batch), False
+        feed = before if own is None else found_feed(self.model, batch, own)
+        self._reading = replace(self._reading, feed=feed)
+        return feed != before
+
+    def _asks(self, batch: Batch) -> bool:
+        """Tells whether the model is to be asked how it reads labels."""
+        return (
+            isinstance(batch, Mapping)
+            and "labels" in batch
+            and not self._reading.settled
+            and self._labels_tried < TRIES
+        )
+
+    def _read(self, batch: Mapping[str, Any], own: OwnLoss | None, *, presume: bool = False) -> None:
+        self._reading = read(
+            self.model,
+            batch,
+            self._given,
+            self.auxiliary,
+            own,
+            own_counts=self.own_counts,
+            presume=presume,
+        )
+        self._labels_tried += 1
+
+    def _meet_probabilities(self, labels: Tensor) -> None:
+        if labels.is_floating_point() and labels.dim() > 2 and self.loss.family == "softmax":
+            self._probabilities_second = _sums_to_one(labels, 1) and not _sums_to_one(labels, -1)
+
+    def _place_open(self, labels: Tensor) -> bool:
+        classes = not labels.is_floating_point() and labels.dim() > 1
+        return classes and self._place is None and self._places_tried < TRIES
 
     def targets(self, labels: Tensor) -> Tensor:
         """Returns targets (sequences first) with probabilities last."""

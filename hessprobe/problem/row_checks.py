@@ -21,6 +21,7 @@ from hessprobe.errors import UserError
 from hessprobe.problem.batches import Batch, tensors_of
 from hessprobe.problem.losses import AutogradLoss
 from hessprobe.problem.measuring import measuring
+from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.modes import (
     activation_types,
     batch_statistics,
@@ -96,7 +97,7 @@ class RowChecks:
         """Returns what was found of a step's micro-batches; nothing runs for what was checked in their shapes before.
 
         Args:
-            batches: the micro-batches with a target, on the model's device.
+            batches: the micro-batches with a sequence, on the model's device.
             theta: the parameters (p,) to check at; None: the model's own.
             trained: the loss that the loop computed on the batch, or the list of its micro-batches' losses.
             before: whether that loss was computed at theta.
@@ -104,7 +105,10 @@ class RowChecks:
         Raises:
             UserError: outputs change from pass to pass, sequences see each other, or another loss is trained.
 
-        Cost: at most 3 forward passes, of which the loss takes up to two; none for a shape that has passed.
+        Cost: at most 3 forward passes, with which the objective finds out all it asks of a first batch (`Objective.look`);
+        none for a shape that has passed. Up to two more, once, where chance is shared by all tokens or batch statistics are
+        trained; where a batch cannot be cut; where as many classes as positions leave their dimension open; where two
+        readings of labels have one loss; where a model's outputs without labels are others; and what `auxiliary` costs.
         """
         said = Trained.of(trained)
         mean = nan if said is None else said.mean
@@ -117,8 +121,8 @@ class RowChecks:
             leaves = None if theta is None else self.partition.unflatten(theta)
             row = _Row(self.objective.alone, list(batches), leaves, self._kept)
             found = row.found(said if compared else None, apart="apart" not in passed)
-        if self.objective.processes.count == 1 and row.apart and self.objective.splits is None:
-            self.objective.splits = True
+        if self.objective.processes.count == 1 and row.cuts is not None and self.objective.splits is None:
+            self.objective.splits = row.cuts
         self._passed[key] = ({"apart", "trained"} if compared else {"apart"}, found.activation_bits)
         return replace(found, loss_trained=mean)
 
@@ -133,21 +137,27 @@ class _Row:
         self.leaves, self.kept = leaves, kept
         self.device = next(self.model.parameters()).device
         self.half = any(p.dtype in HALF for p in self.model.parameters())
-        self.apart = False  # whether sequences alone and together were seen to agree
-        counts = [objective.sequence_shape(batch)[0] for batch in batches]
+        self.cuts: bool | None = (
+            None  # whether sequences cut out were seen to agree with themselves among the others
+        )
+        counts = [objective.sequences(batch) for batch in batches]
         self._largest = counts.index(max(counts))
         self._outputs = torch.empty(0)  # the largest micro-batch's
+        self._linear = self._with_labels = (
+            False  # whether the loss has no curvature; whether labels went with the outputs
+        )
 
     def found(self, said: Trained | None, *, apart: bool) -> Checked:
         with measuring(self.model, forward_mode=False), activation_types(self.model) as seen:
             measured = self._losses(self.leaves, keep=True)
         bits = float(min((torch.finfo(dtype).bits for dtype in seen), default=nan))
+        notes = (_HALVED,) * (bits < 32) + (_LINEAR,) * self._linear
         if apart:
-            self._check_apart(halved=bits < 32)
+            notes += self._check_apart(halved=bits < 32)
         self._outputs = torch.empty(0)
-        found = Checked(loss_whole_batch=measured.whole, activation_bits=bits)
-        if bits < 32:
-            found = replace(found, notes=(_HALVED,))
+        if said is not None and measured.weighs_micro_batches(said):
+            notes += (_MEAN_OF_MEANS,)
+        found = Checked(loss_whole_batch=measured.whole, activation_bits=bits, notes=notes)
         if not isfinite(measured.whole):  # the row itself will say so
             return found
         if said is not None:
@@ -163,13 +173,20 @@ class _Row:
         before = random_states(self.device)
         for i, batch in enumerate(self.batches):
             with torch.no_grad():  # `measuring` asks for gradients
-                z, y = self.objective.outputs(batch, leaves), self.objective.targets(batch)
+                z = (self.objective.look if keep else self.objective.outputs)(batch, leaves)
+                y = self.objective.targets(batch)
+            if keep and self.objective.presumes and not self._with_labels:
+                self._largest, self._with_labels = i, True  # to be compared with what there is without them
             if keep and i == self._largest:
                 self._outputs = z
+                loss = self.objective.loss_function
+                self._linear = isinstance(loss, AutogradLoss) and loss.is_linear(z, y)
             sums.append(self.objective.loss_function.value(z, y).double())
             tokens.append(float(self.objective.weight(batch)))
             groups += self._grouped(batch, z, y)
             largest, eps = max(largest, float(z.abs().max())), max(eps, torch.finfo(z.dtype).eps)
+        if keep:
+            self.objective.check_targets(self.batches)
         parts, counts = zip(*groups, strict=True)
         return Losses(
             sums=torch.stack(sums),
@@ -192,33 +209,56 @@ class _Row:
         parts = [slice(start, start + size) for start in range(0, len(z), size)]
         return [(loss.value(z[part], y[part]), loss.weights(y[part]).sum()) for part in parts]
 
-    def _check_apart(self, *, halved: bool) -> None:
-        """Compares the largest micro-batch's middle sequences with themselves alone: one pass over a part of it."""
+    def _check_apart(self, *, halved: bool) -> tuple[str, ...]:
+        """Compares the largest micro-batch's middle sequences with themselves alone: one pass over a part of it.
+
+        Where they cannot be cut out, with themselves among copies of themselves: one more. Returns what is to be noted.
+        """
         batch, whole = self.batches[self._largest], self._outputs
         count, positions = self.objective.sequence_shape(batch)
         start, stop = (max(1, count // 3), max(2, 2 * count // 3)) if count > 1 else (0, 1)
-        expected = whole[start * positions : stop * positions]
+        middle = slice(start * positions, stop * positions)
+        expected = whole[middle]
 
         def alone() -> Tensor | None:
-            with measuring(self.model, forward_mode=False), torch.no_grad():
-                try:
-                    part = self.objective.cut(batch, start, stop) if count > 1 else batch
-                    found = self.objective.outputs(part, self.leaves)
-                except Exception:  # a batch that cannot be cut stays whole, or the row says why not
-                    return None
-            return found if found.shape == expected.shape else None
+            return self._tried(
+                lambda: self.objective.cut(batch, start, stop) if count > 1 else batch, expected
+            )
 
         came = alone()
+        agrees = came is not None and _agree(expected, came, halved)
+        if self.objective.presumes and self.objective.settle(batch, self.leaves, agreed=agrees):
+            came = alone()
         if came is None:
-            return
+            self.cuts = False
+            order = torch.arange(count).clamp(start, stop - 1)
+            came, alone = self._tried(lambda: self.objective.rearranged(batch, order), whole), lambda: None
+            if count < 2 or came is None:
+                return (_UNVERIFIED,)
+            expected = whole.view(count, positions, -1)[order.to(whole.device)].view_as(whole)
         if _agree(expected, came, halved):
-            self.apart = count > 1 and bool(expected.any())
+            self.cuts = self.cuts if self.cuts is False or count < 2 or not bool(expected.any()) else True
             self._check_loss_apart(batch, whole, count, positions)
-            return
+            return ()
         gap, again = _gap(expected, came), alone()
-        if count < 2 or again is None or not _agree(came, again, halved):
+        if self.cuts is not False and (count < 2 or again is None or not _agree(came, again, halved)):
             raise UserError(_CHANGING.format(gap=gap))
-        raise UserError(_TOGETHER.format(gap=gap, start=start, stop=stop - 1, count=count))
+        square = _SQUARE.format(count=count) if count == positions else ""
+        raise UserError(_TOGETHER.format(gap=gap, start=start, stop=stop - 1, count=count) + square)
+
+    def _tried(self, made: Callable[[], Batch | None], expected: Tensor) -> Tensor | None:
+        """Returns the outputs of a batch, None where it cannot be made or run, or has others than are expected."""
+        with measuring(self.model, forward_mode=False), torch.no_grad():
+            try:
+                batch = made()
+                found = None if batch is None else self.objective.outputs(batch, self.leaves)
+            except (
+                Exception
+            ) as error:  # whatever forward=, targets= or the model say of a batch not made for them
+                if is_out_of_memory(error):
+                    raise
+                return None
+        return found if found is not None and found.shape == expected.shape else None
 
     def _check_loss_apart(self, batch: Batch, z: Tensor, count: int, positions: int) -> None:
         """Compares the loss of all outputs with those of two halves' added up: no pass at all."""
@@ -317,6 +357,25 @@ _TOGETHER = (
     "positions first, (positions, sequences, ...): pass batch_first=False, or forward= and targets= that put sequences "
     "first. Statistics over the batch and attention between its examples have no curvature by sequence: leave them out "
     "in forward="
+)
+_SQUARE = (
+    ". This batch has as many sequences as positions ({count}): an entry of positions alone, as position ids (t,) or a mask "
+    "(t, t), is then taken for one of sequences: make it inside forward=, or measure a batch of another number of "
+    "sequences"
+)
+_UNVERIFIED = (
+    "sequences unverified: this batch cannot be cut into sequences, so whether they are apart, and are what is taken for "
+    "them, could not be seen. Where inputs come positions first, (positions, sequences, ...): pass batch_first=False; else "
+    "forward= and targets= that take a batch of tensors, each with a dimension of sequences"
+)
+_LINEAR = (
+    "the loss is linear in the model's outputs: it has no curvature of its own, so the Gauss-Newton matrix is 0, gn_gap is "
+    "not a number, and what curvature there is is the model's own"
+)
+_MEAN_OF_MEANS = (
+    "micro-batches of unequal numbers of tokens with a target, and the loss passed is the mean of their means (as of "
+    "loss / steps): there a token of a short micro-batch weighs more, while rows weigh all tokens alike; loss_trained "
+    "stands beside loss_whole_batch. To train what is measured, divide each micro-batch's sum by the tokens of all"
 )
 _PAIRED = (
     "the loss sees sequences together: of all it is {whole:.6g} per token and of two halves {parts:.6g}, as for contrastive "

@@ -22,6 +22,9 @@ CHANGED = "the parameters have changed since the recorder was made: make another
 LARGEST = 4096  # entries of a container that is searched; a longer one is data
 _CONTAINERS = (list, tuple, dict)
 _SEARCHED = (Tensor, *_CONTAINERS)
+_NEVER = frozenset(
+    {int, float, bool, str, type(None)}
+)  # hold no tensor: what most modules have, told at once
 
 
 def swapped(model: nn.Module, leaves: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -80,7 +83,10 @@ def _exchange(
                 if leaf is not None:
                     undo.append((own, name, tensor))
                     own[name] = leaf
-        for value in plain_values(attributes):
+        plain = plain_values(attributes)
+        if _NEVER.issuperset(map(type, plain)):
+            continue
+        for value in plain:
             if isinstance(value, _SEARCHED):
                 name = next(key for key, held in attributes.items() if held is value)
                 new = _exchanged(value, given, undo, 0)
@@ -106,7 +112,7 @@ def _collect(module: nn.Module, found: dict[int, nn.Module]) -> None:
             _collect(part, found)
 
 
-def parameter_named(model: nn.Module, name: str) -> Tensor | None:
+def parameter_named(model: nn.Module, name: str) -> nn.Parameter | None:
     """Returns what is in a parameter's place, or None where there is none of that name."""
     path, _, own = name.rpartition(".")
     module: nn.Module | None = model

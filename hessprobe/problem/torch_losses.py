@@ -14,6 +14,7 @@ from hessprobe.errors import UserError
 from hessprobe.problem.losses import AutogradLoss, BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
 
 CROSS_ENTROPY = (nn.CrossEntropyLoss, F.cross_entropy)
+NEGATIVE_LOG_LIKELIHOOD = (nn.NLLLoss, F.nll_loss)
 SQUARED = (nn.MSELoss, F.mse_loss)
 BINARY = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
 HUBER = (nn.HuberLoss, F.huber_loss)
@@ -31,7 +32,8 @@ def torch_loss(loss: Callable[..., Tensor], ignore_index: int) -> Loss | None:
     """Returns one of torch's losses in closed form, None for any other function.
 
     Its mean is torch's: over the weights of the classes that occur, over tokens, or over tokens and outputs. One that is
-    not reduced (reduction="none") stands for its mean too.
+    not reduced (reduction="none") stands for its mean too. The negative log-likelihood of logarithms of probabilities is
+    cross-entropy of the same outputs: linear in them, it has its curvature in the softmax that the model ends with.
 
     Args:
         ignore_index: the objective's; the loss's own counts where it has another than torch's default.
@@ -48,7 +50,7 @@ def torch_loss(loss: Callable[..., Tensor], ignore_index: int) -> Loss | None:
             f"loss {name}: reduction='sum' makes curvature grow with the batch, and what is measured is a mean over all "
             "micro-batches: give it with reduction='mean', and scale what you read by the number of targets"
         )
-    if kind in CROSS_ENTROPY:
+    if kind in CROSS_ENTROPY or kind in NEGATIVE_LOG_LIKELIHOOD:
         own = settings.get("ignore_index", IGNORED)
         if own != ignore_index and IGNORED not in (own, ignore_index):
             raise UserError(
@@ -58,6 +60,7 @@ def torch_loss(loss: Callable[..., Tensor], ignore_index: int) -> Loss | None:
             ignore_index if own == IGNORED else own,
             settings.get("weight"),
             settings.get("label_smoothing", 0.0),
+            of_logarithms=kind in NEGATIVE_LOG_LIKELIHOOD,
         )
     if kind in SQUARED:
         return SquaredError(mean_over_outputs=True) if settings.get("weight") is None else None
@@ -68,7 +71,11 @@ def torch_loss(loss: Callable[..., Tensor], ignore_index: int) -> Loss | None:
 
 def _taken_apart(loss: Callable[..., Tensor]) -> tuple[Any, dict[str, Any]]:
     """Returns which of torch's losses this is, and how it is set; (None, {}) for any other."""
-    known = [one for pair in (CROSS_ENTROPY, SQUARED, BINARY, *SINGLE_NUMBERS) for one in pair]
+    known = [
+        one
+        for pair in (CROSS_ENTROPY, NEGATIVE_LOG_LIKELIHOOD, SQUARED, BINARY, *SINGLE_NUMBERS)
+        for one in pair
+    ]
     if isinstance(loss, nn.Module):
         for kind in known:
             if isinstance(kind, type) and isinstance(loss, kind) and type(loss).forward is kind.forward:

@@ -107,6 +107,12 @@ class Losses:
         given = {said.mean, sum(said.losses)} if len(said.losses) == len(self.sums) else {said.mean}
         return min(((g, m) for g in given for m in means), key=lambda pair: abs(pair[0] - pair[1]))
 
+    def weighs_micro_batches(self, said: Trained) -> bool:
+        """Tells whether what was said is rather the mean over micro-batches than over tokens, where the two differ."""
+        over_micro_batches = float((self.sums / self.tokens).mean())
+        differ = abs(over_micro_batches - self.whole) > self.rounding
+        return differ and self.nearest(said)[1] == over_micro_batches
+
     def gap(self, said: Trained) -> float:
         """By how much what was said differs from the nearest of our means."""
         given, ours = self.nearest(said)
@@ -193,11 +199,12 @@ def another_function(
     kinds = sorted({type(module).__name__ for module in statistics})
     what = f"{', '.join(kinds)}: batch statistics in training" if kinds else "modules that follow train()"
     passed = "" if said is None else f" (passed as loss=: {said.mean:.6g})"
+    way = "; or leave out loss= and read rows as" if said is not None else ". Rows are"
     return (
         f"what is trained is another function than what is measured ({what}, running averages or else in eval mode, in "
         f"which rows are measured): the loss of this step's whole batch is {trained:.6g} as it is trained{passed} and "
-        f"{measured:.6g} as it is measured. Keep these modules in eval mode while training; or leave out loss= and read "
-        "rows as of the eval-mode function, with loss_train_mode beside them"
+        f"{measured:.6g} as it is measured. Keep these modules in eval mode while training"
+        f"{way} of the eval-mode function, with loss_train_mode beside them"
     )
 
 

@@ -40,7 +40,7 @@ class RunWriter:
     @classmethod
     def create(cls, folder: Path | str, attributes: Mapping[str, object]) -> RunWriter:
         """Makes folder/log.zarr with the run's attributes. UserError if the folder already holds a run."""
-        folder = Path(folder).absolute()  # the program may change its working directory
+        folder = Path(folder)
         lock = None
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,10 @@ INSTRUMENTS = ("cross_layer", "gn_hessian", "preconditioner")
 OPTIONS: dict[str, dict[str, Any]] = {
     "cross_layer": {"sequences": 8, "rounds": 2},
     "gn_hessian": {"sequences": 4, "samples": 2, "lanczos_steps": 3, "lanczos_probes": 1, "cg_iterations": 3},
-    "preconditioner": {"curvature_sequences": [2, 4], "held_out_sequences": 4, "cg_iterations": 3},
-}
+    "preconditioner": {
+        "curvature_sequences": [4], "held_out_sequences": 4, "folds": 2, "dampings": [0.1], "cg_iterations": 3,
+    },
+}  # fmt: skip
 CONFIG = DecoderConfig(layers=2, width=16, feedforward=32, heads=2, vocabulary=32, context=16)
 # Clocks, counts, and what is rounding itself.
 _NOT_COMPARED = (

@@ -36,7 +36,7 @@ def test_training_ends_in_the_same_weights_with_and_without_a_probe(tmp_path, op
 
 SMALL = (
     "gn_hessian.every=1", "gn_hessian.sequences=4", "gn_hessian.samples=2", "gn_hessian.lanczos_steps=3",
-    "gn_hessian.cg_iterations=3", "preconditioner.every=1", "preconditioner.curvature_sequences=[2,4]",
+    "gn_hessian.cg_iterations=3", "preconditioner.every=1", "preconditioner.curvature_sequences=[4]",
     "preconditioner.held_out_sequences=4", "preconditioner.cg_iterations=3", "preconditioner.condition_steps=2",
 )  # fmt: skip
 
@@ -44,7 +44,7 @@ SMALL = (
 @pytest.mark.parametrize("optimizer", ["full_gn", "soap", "kfac"])
 def test_all_instruments_together_leave_training_as_it_is_and_measure_the_same_twice(tmp_path, optimizer):
     """Also where the preconditioner probe answers from the running optimizer's own state."""
-    settings = (f"optimizer.name={optimizer}", "training.steps=3", "cross_layer.every=1", *SMALL)
+    settings = (f"optimizer.name={optimizer}", "training.steps=2", "cross_layer.every=1", *SMALL)
     everything = 'probes=["cross_layer","gn_hessian","preconditioner"]'
     for seed, (folder, more) in enumerate(
         (("bare", ()), ("probed", (everything,)), ("again", (everything,)))
@@ -58,7 +58,7 @@ def test_all_instruments_together_leave_training_as_it_is_and_measure_the_same_t
     assert_same_rows(tmp_path / "probed", tmp_path / "again")
     for name in ("cross_layer", "gn_hessian", "preconditioner"):
         table = tables(tmp_path / "probed")[name]
-        assert table.sizes["step"] == 3 and not any(table["failure"].values)
+        assert table.sizes["step"] == 2 and not any(table["failure"].values)
     assert not tables(tmp_path / "probed")["preconditioner"]["candidate_failure"].values.any()
 
 

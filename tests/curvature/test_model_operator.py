@@ -296,15 +296,23 @@ def test_a_batch_whose_sequences_see_each_other_stays_whole(monkeypatch: pytest.
     assert operator.pieces == [batch]
 
 
-def test_a_batch_read_by_a_function_of_the_users_stays_whole() -> None:
+def test_a_batch_read_by_a_function_of_the_users_is_cut_where_that_changes_nothing() -> None:
     draws = models.seeded(3)
     model, batch = (
         models.redraw(nn.Linear(4, 4), draws),
         (models.real(draws, 6, 4), models.labels(draws, 4, 6)),
     )
-    objective = Objective(model, forward=lambda model, batch: model(batch[0]))
+    for forward in (lambda model, batch: model(batch[0]), None):
+        objective = Objective(model, forward=forward)
+        assert [part[0].shape[0] for part in objective.split(batch, 4)] == [2, 2, 2]
+    for forward in (
+        lambda model, batch: model(batch[0].view(6, 4)),  # wants all of them
+        lambda model, batch: model(batch[0] - batch[0].mean(0)),  # sees all of them
+    ):
+        objective = Objective(model, forward=forward)
+        assert objective.split(batch, 2) == [batch]
+    objective = Objective(model, targets=lambda batch: (batch[1] - batch[1].min()).flip(0))
     assert objective.split(batch, 2) == [batch]
-    assert [part[0].shape[0] for part in Objective(model).split(batch, 4)] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("which", ["gauss_newton", "hessian"])

@@ -97,7 +97,7 @@ def test_a_compiled_model_gives_the_products_of_the_model_inside(generator: Seed
         compiled_model(problem.batches[0][0])  # compiled for real before it is measured
     partition = Partition.of(compiled_model, "module")  # type: ignore[arg-type]
     assert partition == plain.partition
-    compiled = Case(problem, Objective(compiled_model), partition, plain.truth)  # type: ignore[arg-type]
+    compiled = Case(problem, Objective(compiled_model), partition, as_built=plain)  # type: ignore[arg-type]
     v = plain.rows(2)
     for which in OPERATORS:
         operator, truth = pair(compiled, which)

@@ -107,7 +107,8 @@ def test_block_diagonal_drops_everything_between_blocks(zoo_case: Zoo, name: str
     case = zoo_case(name)
     operator, truth = pair(case, which)
     wanted = oracles.block_diagonal(truth, case.slices)
-    assert oracles.relative_error(operator.block_diagonal().to_dense(), wanted) < EXACT
+    v = case.rows(4)  # a matrix that is another one differs on random rows
+    assert oracles.relative_error(operator.block_diagonal().apply(v), v @ wanted) < EXACT
 
 
 def test_damping_and_block_diagonal_commute(zoo_case: Zoo) -> None:

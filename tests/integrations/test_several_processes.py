@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import tests.conftest  # a new process: hides a broken torchvision
 import tests.integrations.conftest  # noqa: F401
-from hessprobe.errors import UserError
+from tests.processes import on_forks
 from tests.training.runs import attributes, tables
 
 COUNT = 2
@@ -34,8 +33,10 @@ def by_transformers(rank: int, folder: Path) -> None:
     probed = trained("probed", ProbeCallback(folder / "transformers", SMALL, every=2))
     assert probed.args.world_size == COUNT
     assert same_weights(bare, probed) and torch.equal(torch.get_rng_state(), random)
-    with pytest.raises(UserError, match="already holds a run"):  # said by the first process, raised in all
-        trained("again", ProbeCallback(folder / "transformers", SMALL))
+    trained("again", ProbeCallback(folder / "transformers", SMALL, every=2))  # recorded beside, by both
+    torch.distributed.barrier()
+    assert attributes(folder / "transformers-2")["processes"] == COUNT
+    assert tables(folder / "transformers-2")["cross_layer"].failure.values.tolist() == ["", ""]
 
 
 def by_lightning(rank: int, folder: Path) -> None:
@@ -69,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(one, (found, port), nprocs=COUNT)
+    on_forks(one, (found, port), COUNT)
     return found
 
 

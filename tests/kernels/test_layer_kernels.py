@@ -493,7 +493,7 @@ def test_batches_without_targets_and_other_losses_are_refused():
         layer_kernels(here.objective, nothing, here.partition, generator=seeded(0))
     model = redraw(nn.Linear(3, 2), seeded(0))
     objective, batch = Objective(model, loss=logcosh), (torch.ones(3, 3).double(), torch.ones(3, 2).double())
-    with pytest.raises(UserError, match=r"got logcosh: use block_norms\(GaussNewton"):
+    with pytest.raises(UserError, match=r"got logcosh: measure by products.*block_norms\(GaussNewton"):
         layer_kernels(objective, batch, Partition.of(model, "parameter"), generator=seeded(0))
 
 

@@ -341,9 +341,10 @@ def test_a_call_that_starts_divided_needs_no_failure():
 
 def test_parts_cover_each_micro_batch_in_order():
     batches = text((5, 3), (2, 4))
-    shares = Setting(tiny(), batches).objective.share(batches)
+    objective = Setting(tiny(), batches).objective
+    shares = objective.share(batches)
     for times in (1, 2, 3, 5, 64):
-        parts = division._parts(shares, times, [[5, 2]])
+        parts = division._parts(objective, shares, times, [[5, 2]])
         for number, batch in enumerate(batches):
             mine = [part for part in parts if part.number == number]
             assert torch.equal(torch.cat([part.batch[0] for part in mine]), batch[0])

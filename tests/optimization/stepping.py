@@ -25,7 +25,7 @@ def fresh(name: str, by: str | Callable[[str], str] = "layer", **settings) -> tu
     objective = Objective(problem.model, loss=problem.loss)
     chosen = GaussNewtonSettings(**{"learning_rate": RATE, "outer_steps": OUTER, **settings})
     # The dense truth is made where a test needs it, at the theta it needs.
-    case = Case(problem, objective, partition, None)  # type: ignore[arg-type]
+    case = Case(problem, objective, partition)
     return case, GaussNewton(problem.model, objective, partition=partition, settings=chosen)
 
 

@@ -99,7 +99,9 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     torch_steps([muon, adamw], theirs, RATES)
     assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
     first = torch.cat([g.reshape(-1) for g in drawn(10).values()])
-    assert norms[0] == pytest.approx(float(first.norm()), rel=1e-6)
+    assert norms[0] == pytest.approx(
+        float(first.double().norm()), rel=1e-5
+    )  # squares are added up in float32
 
 
 def test_adamw_takes_everything():
@@ -116,8 +118,8 @@ def test_adamw_takes_everything():
 def test_clipping_bounds_the_norm_over_all_gradients_together(clip):
     ours, theirs = drawn(1), drawn(1)
     norm = FirstOrder("adamw", ours, ()).step(drawn(10), 0.1, clip)
-    total = float(torch.cat([g.reshape(-1) for g in drawn(10).values()]).norm())
-    assert norm == pytest.approx(total, rel=1e-6)  # as it was before clipping
+    total = float(torch.cat([g.reshape(-1) for g in drawn(10).values()]).double().norm())
+    assert norm == pytest.approx(total, rel=1e-5)  # as it was before clipping
     clipped = {name: g * min(1.0, clip / total) for name, g in drawn(10).items()}
     FirstOrder("adamw", theirs, ()).step(clipped, 0.1, None)
     for name in SHAPES:

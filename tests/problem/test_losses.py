@@ -226,3 +226,64 @@ def test_targets_whose_classes_weigh_nothing_carry_none():
         objective.loss((x, torch.ones(4, dtype=torch.long)))
     with pytest.raises(UserError, match="no token carries a target"):
         objective.loss((x, torch.full((4,), IGNORED)))
+
+
+class TestNegativeLogLikelihood:
+    """Of a model that ends with log_softmax: the loss trained has its softmax, and its curvature, inside."""
+
+    def case(self, ending):
+        model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7), ending).double()
+        draws = torch.Generator().manual_seed(0)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, generator=draws)
+        ids = torch.randint(7, (4, 5), generator=draws)
+        y = torch.randint(7, (4, 5), generator=draws)
+        y[0, 2:] = -1
+        return model, (ids, y)
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("partial_", [False, True])
+    def test_value_and_curvature_are_those_of_the_logits(self, reduction, weighted, partial_):
+        model, batch = self.case(torch.nn.LogSoftmax(-1))
+        weight = torch.linspace(0.5, 2, 7).double() if weighted else None
+        settings = {"weight": weight, "ignore_index": -1, "reduction": reduction}
+        loss = partial(F.nll_loss, **settings) if partial_ else torch.nn.NLLLoss(**settings)
+        logits = torch.nn.Sequential(model[0], model[1])
+        found, wanted = (
+            Objective(model, loss),
+            Objective(logits, torch.nn.CrossEntropyLoss(weight, ignore_index=-1)),
+        )
+        torch.testing.assert_close(found.loss(batch), wanted.loss(batch))
+        partition = Partition.of(logits, "module")
+        v = torch.randn(
+            2, sum(p.numel() for p in logits.parameters()), generator=torch.Generator().manual_seed(1)
+        )
+        for operator in (GaussNewton, Hessian):
+            ours = operator(found, [batch], Partition.of(model, "module")).apply(v.double())
+            theirs = operator(wanted, [batch], partition).apply(v.double())
+            torch.testing.assert_close(ours, theirs)
+            assert float(theirs.norm()) > 0.1
+
+    def test_logits_are_refused(self):
+        model, batch = self.case(torch.nn.Identity())
+        with pytest.raises(UserError, match="wanted logarithms of probabilities.*loss='cross_entropy'"):
+            Objective(model, torch.nn.NLLLoss(ignore_index=-1)).loss(batch)
+
+    def test_a_function_that_picks_logarithms_is_no_silent_zero(self):
+        def picked(z, y):
+            return -z.gather(1, y.clamp(min=0)[:, None])[:, 0]
+
+        model, batch = self.case(torch.nn.LogSoftmax(-1))
+        with pytest.raises(UserError, match=r"linear in the model's outputs.*nn\.NLLLoss\(\)"):
+            Objective(model, picked, ignore_index=-1).loss(batch)
+
+
+@pytest.mark.parametrize(("low", "high", "marks"), [(-1, 6, -1), (0, 255, 255)])
+def test_labels_out_of_range_are_told_with_what_may_ignore_them(low, high, marks):
+    model, y = torch.nn.Embedding(7, 7), torch.arange(12).reshape(3, 4) % 7
+    y[0, 0], y[0, 1] = low, high
+    batch = (torch.zeros_like(y), y)
+    with pytest.raises(UserError, match=rf"targets from {low} to {high} for.*classes.*ignore_index={marks}"):
+        Objective(model).loss(batch)
+    assert bool(Objective(model, ignore_index=marks).loss(batch) > 0)

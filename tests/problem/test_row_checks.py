@@ -180,3 +180,113 @@ def test_a_checked_model_is_as_it_was():
     assert {module: module.training for module in model.modules()} == modes
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
     assert all(p.grad is None for p in model.parameters())
+
+
+class Masked(nn.Module):
+    """Attention whose mask, and positions, are given with the batch: (t, t) and (t,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(CLASSES, WIDTH), nn.Embedding(32, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor, mask: Tensor | None, at: Tensor | None) -> Tensor:
+        h = self.embedding(x)
+        h = h if at is None else h + self.positions(at)
+        return self.head(F.scaled_dot_product_attention(h, h, h, attn_mask=mask))
+
+
+@pytest.mark.parametrize("kind", ["mask", "position ids"])
+@pytest.mark.parametrize("sequences", [6, 4])
+def test_an_entry_of_positions_is_never_cut_as_one_of_sequences(kind, sequences):
+    torch.manual_seed(0)
+    model, (x, y) = Masked(), batch(sequences, 6)
+    mask = torch.ones(6, 6).tril().bool() if kind == "mask" else None
+    at = torch.arange(6) if kind == "position ids" else None
+    options: dict[str, Any] = {"forward": lambda m, b: m(b[0], b[2], b[3]), "targets": lambda b: b[1]}
+    if sequences == 4:
+        assert check(model, [(x, y, mask, at)], **options).loss_whole_batch > 0
+        return
+    with pytest.raises(UserError, match=r"as many sequences as positions \(6\)"):
+        check(model, [(x, y, mask, at)], **options)
+    objective = Objective(model, **options)
+    assert len(objective.split((x, y, mask, at), 2)) == 1
+
+
+class PositionsFirst(nn.Module):
+    """A recurrent network with its state in the batch and outputs of one dimension for all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(CLASSES, WIDTH), nn.RNN(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embedding(x), hidden)[0]).view(-1, CLASSES)
+
+
+def test_sequences_that_cannot_be_cut_out_are_seen_to_be_apart_all_the_same():
+    torch.manual_seed(0)
+    model, (x, y) = PositionsFirst(), batch(4, 5)
+    given = x.T.contiguous(), y.T.reshape(-1), torch.randn(1, 4, WIDTH)
+    options: dict[str, Any] = {
+        "forward": lambda m, b: m(b[0], b[2]).view(*b[0].shape, CLASSES),
+        "targets": lambda b: b[1].view_as(b[0]),
+    }
+    found = check(model, [given], batch_first=False, **options)
+    assert found.notes == () and found.loss_whole_batch > 0
+    with pytest.raises(UserError, match="pass batch_first=False"):
+        check(model, [given], **options)
+    flat: dict[str, Any] = {"forward": lambda m, b: m(b[0], b[2]), "targets": lambda b: b[1]}
+    with pytest.raises(UserError, match="pass batch_first=False"):
+        check(model, [given], **flat)
+    with pytest.raises(
+        UserError, match=r"\(20, 7\) do not fit targets \(20,\): with batch_first=False.*view_as"
+    ):
+        check(model, [given], batch_first=False, **flat)
+
+
+def test_a_batch_of_which_no_sequence_can_be_moved_is_noted():
+    class Held:
+        def __init__(self, x: Tensor, y: Tensor) -> None:
+            self.x, self.y = x, y
+
+    found = check(net(), [Held(*batch())], forward=lambda m, b: m(b.x), targets=lambda b: b.y)
+    assert (
+        len(found.notes) == 1 and "sequences unverified" in found.notes[0] and "batch_first" in found.notes[0]
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("passed", ["mean of means", "list", "over tokens"])
+def test_a_mean_over_micro_batches_of_unequal_tokens_is_said(dropout, passed):
+    model, (x, y) = net(dropout).eval(), batch(12)
+    y[4:, 2:] = -100
+    micro = [(x[:4], y[:4]), (x[4:], y[4:])]
+    with torch.no_grad():
+        each = [loss_of(model, x, y) for x, y in micro]
+        given = {"mean of means": sum(each) / 2, "list": each, "over tokens": loss_of(model, x, y)}[passed]
+    notes = check(model, micro, given).notes
+    assert [("mean of their means" in note) for note in notes] == [True] * (passed != "over tokens")
+
+
+def test_a_loss_without_curvature_in_the_outputs_is_noted():
+    model, x = nn.Linear(3, 1), torch.randn(8, 3)
+    (note,) = check(model, [(x, x[:, :1])], loss=nn.L1Loss()).notes
+    assert "Gauss-Newton matrix is 0" in note
+    assert check(model, [(x, x[:, :1])], loss=nn.MSELoss()).notes == ()
+
+
+def test_words_for_batch_statistics_name_no_argument_that_was_not_given():
+    model, (x, y) = net(), batch()
+    model.dropout = nn.BatchNorm1d(32)
+    (note,) = check(model, [(x, y)]).notes
+    assert "another function" in note and "leave out loss=" not in note
+
+
+@pytest.mark.parametrize("returned", ["tuple", "object"])
+def test_a_forward_that_picks_nothing_out_is_told(returned):
+    model, given = net(), batch()
+    wrap = (lambda z: (z, None)) if returned == "tuple" else (lambda z: SimpleNamespace(logits=z))
+    with pytest.raises(UserError, match=r"forward= returned .*: wanted a tensor.*model\(batch\[0\]\)\[0\]"):
+        check(model, [given], forward=lambda m, b: wrap(m(b[0])), targets=lambda b: b[1])

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from hessprobe.errors import UserError
 from hessprobe.problem.transformer import SIZES, Attention, Decoder, DecoderConfig, rotate, rotation_tables
+from tests import oracles
 
 torch.set_num_threads(1)
 
@@ -122,14 +123,14 @@ def test_weights_ignore_ambient_dtype_and_device() -> None:
 
 @each_variant
 def test_logits_are_causal(config: DecoderConfig) -> None:
-    model = Decoder(config, generator=generator())
+    model = Decoder(config, generator=generator()).double()  # rounding decides nothing
     inputs = tokens(config)
     changed = inputs.clone()
     changed[:, 3] = (changed[:, 3] + 1) % config.vocabulary
     with torch.no_grad():
         a, b = model(inputs), model(changed)
     assert a.shape == (2, config.context, config.vocabulary)
-    torch.testing.assert_close(a[:, :3], b[:, :3], rtol=0, atol=1e-6)
+    torch.testing.assert_close(a[:, :3], b[:, :3], rtol=0, atol=1e-12)
     assert ((a - b)[:, 3:].abs().amax((0, 2)) > 1e-4).all()
 
 
@@ -139,7 +140,8 @@ def test_both_attention_paths_agree() -> None:
     written = Decoder(dataclasses.replace(config, attention="math"), generator=generator())
     inputs = tokens(config)
     with torch.no_grad():
-        torch.testing.assert_close(fused(inputs), written(inputs), rtol=1e-6, atol=2e-6)
+        single, other = fused(inputs), written(inputs)
+        assert single.dtype == torch.float32 and oracles.relative_error(single, other) < 1e-4
         torch.testing.assert_close(fused.double()(inputs), written.double()(inputs), rtol=1e-12, atol=1e-12)
     for model in (fused, written):
         model(inputs).square().mean().backward()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,20 @@ from tests.store import writing_child
 
 KILLS = 56
 KILLS_A_RUN = 4
+ROWS = 10  # that a writer adds at most before it is killed: a busy machine stretches the clock, not this
+SECONDS = 60  # a writer that adds none for so long hangs
+
+
+def acknowledged_rows(folder: Path) -> int:
+    """Returns how many rows the run's writers have finished, in either table."""
+    return int(folder.with_suffix(".acknowledged").read_text() or 0)
+
+
+def wait_for(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not reached():
+        assert time.monotonic() < end, f"nothing for {SECONDS} s"
+        time.sleep(0.0005)
 
 
 def check_whole(recorded: xr.Dataset) -> None:
@@ -54,7 +69,7 @@ def check_killed(folder: Path, acknowledged: int) -> int:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL; this system has neither")
 def test_killed_at_any_instant_the_log_opens_and_goes_on(tmp_path):
-    delays = random.Random(20)
+    draws = random.Random(20)
     child = subprocess.Popen(
         [sys.executable, "-m", "tests.store.writing_child"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
@@ -67,16 +82,21 @@ def test_killed_at_any_instant_the_log_opens_and_goes_on(tmp_path):
             child.stdin.write(f"{folder}\n")
             child.stdin.flush()
             pid = int(child.stdout.readline())
-            time.sleep(delays.uniform(0.0, 0.3))
+            growth = folder / ".log.zarr.building" / "growing" / "zarr.json"
+            if kill % KILLS_A_RUN == 2:
+                wait_for(growth.exists)
+            else:
+                wanted = acknowledged_rows(folder) + draws.randrange(ROWS)
+                wait_for(lambda folder=folder, wanted=wanted: acknowledged_rows(folder) >= wanted)
+            time.sleep(draws.uniform(0.0, 0.01))  # anywhere in a row, in making a table, in opening a run
             if (folder / "log.zarr").exists() and kill % 4 == 0:
                 for table in open_run(folder).children.values():  # while it is being written
                     check_whole(table.to_dataset())
             os.kill(pid, signal.SIGKILL)
             pid = 0
             assert child.stdout.readline() == "ended\n"
-            acknowledged = int(folder.with_suffix(".acknowledged").read_text() or 0)
-            grown += (folder / ".log.zarr.building" / "growing" / "zarr.json").exists()
-            rows[folder] = check_killed(folder, acknowledged)
+            grown += growth.exists()
+            rows[folder] = check_killed(folder, acknowledged_rows(folder))
     finally:
         if pid:
             os.kill(pid, signal.SIGKILL)

@@ -177,7 +177,7 @@ class Measuring:
         if self.sharded:
             return UNCHECKED
         theta = self._theta() if before is None or self.at_present else before
-        batches = self.objective.micro_batches(placed(batch, theta.device))
+        batches = self.objective.held(placed(batch, theta.device))
         found = self._checks.check(batches, theta, trained, before=before is not None or self.at_present)
         for note in found.notes:
             if note not in self._noted and self.processes.is_first:
@@ -204,7 +204,7 @@ class Measuring:
 
     def _holds_targets(self, given: Any) -> bool:
         """Tells whether there is anything to check: one of several processes may have had nothing to read."""
-        return self.objective.tokens(given) > 0
+        return self.objective.holds_targets(given)
 
     def _theta(self) -> Tensor:
         """Returns theta in at least float32: curvature in half precision is noise. Empty where it is sharded."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 
+from hessprobe.errors import UserError
 from hessprobe.problem.batches import mapped
 from hessprobe.problem.objective import Batch, Objective
 
@@ -25,9 +27,23 @@ def first_sequences(objective: Objective, batches: list[Batch], limit: int) -> l
     for batch in batches:
         count = objective.sequences(batch)
         if left > 0:
-            found.append(batch if count <= left else objective.cut(batch, 0, left))
+            found.append(batch if count <= left else _first(objective, batch, left, count))
         left -= count
     return found
+
+
+def _first(objective: Objective, batch: Batch, left: int, count: int) -> Batch:
+    """Returns a batch's first sequences, whose targets are the whole's first: no pass is made to see it."""
+    if objective.splits is not False:
+        with suppress(RuntimeError, ValueError, TypeError, IndexError):  # of a targets= that wants the whole
+            part, labels = objective.cut(batch, 0, left), objective.labels(batch)[:left]
+            if torch.equal(objective.labels(part), labels):
+                return part
+    raise UserError(
+        f"this batch of {count} sequences cannot be cut down to {left}: forward=, targets= or an entry of another shape "
+        f"want all of it. Give the probe the whole, as with {{'sequences': {count}}} among its options, or write forward= "
+        "and targets= that take any number of sequences"
+    )
 
 
 def own_sequences(objective: Objective, batch: Batch | list[Batch], limit: int) -> list[Batch]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
+from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.validation.figures import Figure, check, failure, holds, measured
@@ -79,6 +80,7 @@ def _products(name: str, model: nn.Module, batches: Batches, device: torch.devic
 def _kernels(name: str, model: nn.Module, batches: Batches, device: torch.device) -> Iterator[Figure]:
     partition = Partition.of(model)
     own, there = _on(device, model, batches)
+    plan = verified_plan(Objective(own), there, partition)
 
     def drawn(m: nn.Module, data: Batches, seed: int, cotangent: str, autocast: torch.dtype | None = None):
         return layer_kernels(
@@ -89,6 +91,7 @@ def _kernels(name: str, model: nn.Module, batches: Batches, device: torch.device
             cotangent=cotangent,
             generator=torch.Generator().manual_seed(seed),
             autocast=autocast,
+            plan=plan if m is own else None,
         )
 
     truth = Oracle(model, batches, partition).block_norms()

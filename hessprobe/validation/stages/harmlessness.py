@@ -22,7 +22,7 @@ from hessprobe.validation.rows import OPTIONS
 from hessprobe.validation.runner import Bench
 from hessprobe.validation.timing import bytes_alive, forget, synchronize
 
-STEPS, EVERY = 50, 20
+STEPS, EVERY = 50, 30
 # Microseconds of a call that is not due. A busy machine's are its scheduler's, so the shrunken run allows more.
 NOT_DUE = {False: 10.0, True: 50.0}
 CALLS, TRIES = 500, 20

@@ -15,7 +15,7 @@ from hessprobe.training.recorder import build_probes, peak_memory, reset_peak_me
 from hessprobe.validation.figures import Figure, check, failure, measured, skipped
 from hessprobe.validation.modes import FLOAT32, matmuls
 from hessprobe.validation.problems import Problem, named, random_batch, study_config
-from hessprobe.validation.rows import INSTRUMENTS
+from hessprobe.validation.rows import INSTRUMENTS, OPTIONS
 from hessprobe.validation.runner import Bench
 from hessprobe.validation.timing import forget, seconds_of
 
@@ -48,7 +48,9 @@ def instruments(bench: Bench) -> Iterator[Figure]:
             forget(bench.device)
 
 
-def _options(instrument: str, sequences: int) -> dict[str, Any]:
+def _options(instrument: str, sequences: int, small: bool) -> dict[str, Any]:
+    if small:
+        return OPTIONS[instrument] | ({"sequences": sequences} if instrument != "preconditioner" else {})
     if instrument == "preconditioner":
         return {"curvature_sequences": [max(1, sequences // 4), max(2, sequences // 2)],
                 "held_out_sequences": max(2, sequences // 2), "folds": 2}  # fmt: skip
@@ -64,7 +66,7 @@ def _row(bench: Bench, problem: Problem, instrument: str, unit: float, share: fl
     partition = problem.partition
     probe, expected = None, 0.0
     for sequences in _SEQUENCES[bench.small]:
-        probe = _probe(instrument, _options(instrument, sequences))
+        probe = _probe(instrument, _options(instrument, sequences, bench.small))
         expected = SLACK * probe.cost(partition) * probe.unit_sequences * unit
         if expected <= share:
             break

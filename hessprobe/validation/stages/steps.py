@@ -12,7 +12,8 @@ from hessprobe.validation.problems import POSITIONS, SIZES, Problem, named, stud
 from hessprobe.validation.runner import Bench
 from hessprobe.validation.timing import forget, peak_growth, seconds_of
 
-OUTER, MINIBATCHES, SEARCHED = 3, 4, 2
+OUTER, SEARCHED = 3, 2
+MINIBATCHES = {False: 4, True: 2}  # fewer where sizes are shrunken
 STRUCTURES = ("full", "layerwise")
 SLACK = 2.0  # time over count, for norms and all that is no matrix product
 
@@ -29,7 +30,7 @@ def steps(bench: Bench) -> Iterator[Figure]:
             try:
                 drawn = [
                     tuple(x.to(bench.device) for x in corpus.batch(seed=0, step=i, sequences=sequences))
-                    for i in range(OUTER * (MINIBATCHES + SEARCHED))
+                    for i in range(OUTER * (MINIBATCHES[bench.small] + SEARCHED))
                 ]
                 yield from _steps(bench, Problem.of(config, sequences, bench.device), structure, drawn, words)
             except Exception as error:
@@ -38,12 +39,13 @@ def steps(bench: Bench) -> Iterator[Figure]:
 
 
 def _steps(bench: Bench, problem: Problem, structure: str, drawn: list, words: str) -> Iterator[Figure]:
+    minibatches = MINIBATCHES[bench.small]
     with matmuls(FLOAT32):
         problem.gradient(FLOAT32)
         unit = min(seconds_of(lambda: problem.gradient(FLOAT32), bench.device) for _ in range(3))
         memory = peak_growth(lambda: problem.gradient(FLOAT32), bench.device)
         optimizer = GaussNewton(problem.model, structure=structure, outer_steps=OUTER)
-        expected = SLACK * unit * OUTER * MINIBATCHES * (2 + len(optimizer.blocks) / 3)
+        expected = SLACK * unit * OUTER * minibatches * (2 + len(optimizer.blocks) / 3)
         if not bench.budget.fits(expected):
             yield skipped(words, f"about {expected:.0f} s, and {bench.budget.stage_left:.0f} are left")
             return
@@ -51,10 +53,10 @@ def _steps(bench: Bench, problem: Problem, structure: str, drawn: list, words: s
         before = float(problem.objective.loss(judge).detach())
         reports, seconds, peak = [], [], 0.0
         for outer in range(OUTER):
-            own = drawn[outer * (MINIBATCHES + SEARCHED) :][: MINIBATCHES + SEARCHED]
+            own = drawn[outer * (minibatches + SEARCHED) :][: minibatches + SEARCHED]
 
             def step(own: list = own) -> None:
-                reports.append(optimizer.step(own[:MINIBATCHES], own[MINIBATCHES:]))
+                reports.append(optimizer.step(own[:minibatches], own[minibatches:]))
 
             if outer == OUTER - 1:
                 peak = peak_growth(
@@ -67,7 +69,7 @@ def _steps(bench: Bench, problem: Problem, structure: str, drawn: list, words: s
     yield holds(f"{words}: the loss goes down in {OUTER} outer steps", after < before, note)
     spent, counted = min(seconds), reports[-1].gradient_equivalents
     yield measured(
-        f"{words}: an outer step", spent, "s", f"{MINIBATCHES} minibatches; a gradient {1e3 * unit:.3g} ms"
+        f"{words}: an outer step", spent, "s", f"{minibatches} minibatches; a gradient {1e3 * unit:.3g} ms"
     )
     yield measured(f"{words}: an outer step in time", spent / unit, "gradients")
     yield measured(f"{words}: an outer step as counted", counted, "gradients")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -254,6 +255,26 @@ def test_a_relative_folder_is_the_one_at_construction(tmp_path, monkeypatch):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+def test_a_step_that_is_not_due_makes_few_calls_and_none_of_torch(tmp_path):
+    loop, batch, made = plain(), next(batches(1)), []
+
+    def count(frame, event, argument):
+        if event in ("call", "c_call"):
+            made.append(frame.f_code.co_name if event == "call" else str(argument))
+
+    probes = ["cross_layer", "gn_hessian"]
+    with recorder(tmp_path, loop, probes, every=10**6) as held:
+        held(2, batch)
+        sys.setprofile(count)
+        try:
+            for step in range(3, 103):
+                held(step, batch)
+        finally:
+            sys.setprofile(None)
+    assert len(made) <= 100 * 40, made[:60]
+    assert not [name for name in made if "torch" in name or "Tensor" in name]
+
+
 def test_a_step_that_is_not_due_takes_less_than_50_microseconds(tmp_path):
     loop, batch = plain(), next(batches(1))
     probes = ["cross_layer", "gn_hessian", Seen()]
@@ -345,7 +366,7 @@ class Tuples(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         z = super().forward(x)
-        return z, z.norm()
+        return z, 2 * z
 
 
 def test_a_model_that_returns_tuples_is_told_how_to_pick_its_outputs(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import hessprobe as hp
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.row_checks import RowChecks
+from hessprobe.training.any_loop.measuring import Measuring
 
 CLASSES, WIDTH, SEQUENCES, POSITIONS = 11, 12, 16, 6
 
@@ -58,6 +59,23 @@ class Moving(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return x * (1 + 0.05 * self.calls)
+
+
+class MovingUnseen(nn.Module):
+    """Keeps a state from call to call where nobody looks for it: in what a function has caught."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        calls = [0]
+
+        def scale() -> float:
+            calls[0] += 1
+            return 1 + 0.05 * calls[0]
+
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale()
 
 
 class PositionsFirst(nn.Module):
@@ -179,7 +197,7 @@ def assert_recorded(row: Any) -> None:
     assert float(row["fro2"].sum()) > 0
 
 
-@pytest.mark.parametrize("middle", [DropoutLeftOn, AttentionDropoutLeftOn, Noisy, Moving])
+@pytest.mark.parametrize("middle", [DropoutLeftOn, AttentionDropoutLeftOn, Noisy, MovingUnseen])
 @pytest.mark.parametrize("passes", [True, False])
 def test_what_changes_from_pass_to_pass_has_no_row(tmp_path, middle, passes):
     row = trained_once(tmp_path / "run", built(middle), pass_on=(lambda loss: loss) if passes else None)
@@ -390,13 +408,76 @@ def test_training_is_the_same_bit_for_bit(tmp_path, middle):
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
 
 
-def test_half_precision_inside_forward_is_said_in_the_row(tmp_path, caplog):
-    class Inside(Decoder):
+class Rounds(nn.Module):
+    """Casts its input to half precision by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+
+def test_half_precision_inside_forward_is_said_in_the_row(tmp_path):
+    class Cast(Decoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rounds = Rounds()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rounds(super().forward(x)).float()
+
+    class Autocast(Decoder):
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
                 return super().forward(x).float()
 
+    for kind, bits in (
+        (Cast, 16),
+        (Autocast, 32),
+    ):  # autocast is off while a model is measured, a cast by hand is its own
+        torch.manual_seed(0)
+        row = trained_once(tmp_path / kind.__name__, kind())
+        said = str(row["failure"].item())
+        assert "half precision" in said or float(row["activation_bits"]) == bits
+
+
+class Labelled(Decoder):
+    """Takes a mapping, and gives its own loss with labels one place to the right, as causal models of transformers do."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        z = super().forward(x)
+        return {"logits": z} if labels is None else {"logits": z, "loss": shifted(z, labels)}
+
+
+@pytest.mark.parametrize("kind", ["pair", "mapping", "mapping with loss="])
+@pytest.mark.parametrize(("dropout", "passed"), [(0.0, False), (0.0, True), (0.1, False), (0.1, True)])
+def test_three_passes_are_all_that_a_first_row_needs_before_it_is_measured(
+    tmp_path, monkeypatch, kind, dropout, passed
+):
+    """Reading labels, the place of the classes, the model's own loss and the checks share them; a second row has none."""
     torch.manual_seed(0)
-    row = trained_once(tmp_path / "run", Inside())
-    said = str(row["failure"].item())
-    assert "half precision" in said or float(row["activation_bits"]) == 16
+    model = (Decoder if kind == "pair" else Labelled)(dropout=dropout)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1 if kind == "mapping with loss=" else 0.0)
+    options = {"loss": criterion} if kind == "mapping with loss=" else {}
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    (x, y), counted, snapshot = batch(), [], Measuring._snapshot
+
+    def count(self: Measuring, *args: Any) -> Any:
+        before = len(calls)
+        try:
+            return snapshot(self, *args)
+        finally:
+            counted.append(len(calls) - before)
+
+    monkeypatch.setattr(Measuring, "_snapshot", count)
+    monkeypatch.setattr(
+        "hessprobe.problem.objective.agree", lambda *_: pytest.fail("whether it can be cut is known")
+    )
+    probes = {"cross_layer": {"rounds": 4, "sequences": SEQUENCES}}
+    with hp.Recorder(tmp_path, model, probes, every=1, partition="module", **options) as recorder:
+        for step in range(2):
+            z = model(x) if kind == "pair" else model(x)["logits"][:, :-1]
+            loss = criterion(z.flatten(0, 1), (y if kind == "pair" else y[:, 1:]).flatten())
+            given = (x, y) if kind == "pair" else {"x": x, "labels": y}
+            (row,) = recorder(step, given, **({"loss": loss} if passed else {}))
+            assert not row.failure, row.failure
+    assert 0 < counted[0] <= 3 and counted[1] == 0
