@@ -53,6 +53,7 @@ def swept(
         elif left:
             reason = f"its process ended with {worker.returncode}"
         worker.wait()
+        worker.stdout.close()  # type: ignore[union-attr]
         if left:
             yield left.pop(0), {"built": reason}
 
