@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ class Case:
     objective: Objective
     partition: Partition
     as_built: Case | None = None  # under its first partition, which holds the truth of all
+    as_drawn: models.Problem | None = None  # a copy: the truth is of the model as it was, whatever a test does to it
 
     @classmethod
     def of(cls, name: str) -> Case:
@@ -41,7 +43,8 @@ class Case:
     def on(cls, problem: models.Problem, by: str = "module") -> Case:
         """Builds the case of any problem."""
         partition = Partition.of(problem.model, by)
-        return cls(problem, Objective(problem.model, loss=problem.loss), partition)
+        objective = Objective(problem.model, loss=problem.loss)
+        return cls(problem, objective, partition, as_drawn=copy.deepcopy(problem))
 
     def split(self, by: str) -> Case:
         """Returns the same case under another partition; the truth is reordered, not recomputed."""
@@ -51,7 +54,8 @@ class Case:
     @cached_property
     def truth(self) -> oracles.Dense:
         """The dense truth in the partition's order, computed when it is first asked for: a second for the largest."""
-        dense = oracles.dense(*self.problem) if self.as_built is None else self.as_built.truth
+        drawn = self.as_drawn or self.problem
+        dense = oracles.dense(*drawn) if self.as_built is None else self.as_built.truth
         return dense.in_order(self.partition.names)
 
     @property
