@@ -30,7 +30,9 @@ class Case:
     objective: Objective
     partition: Partition
     as_built: Case | None = None  # under its first partition, which holds the truth of all
-    as_drawn: models.Problem | None = None  # a copy: the truth is of the model as it was, whatever a test does to it
+    as_drawn: models.Problem | None = (
+        None  # a copy: the truth is of the model as it was, whatever a test does to it
+    )
 
     @classmethod
     def of(cls, name: str) -> Case:

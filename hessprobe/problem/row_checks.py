@@ -212,7 +212,8 @@ class _Row:
     def _check_apart(self, *, halved: bool) -> tuple[str, ...]:
         """Compares the largest micro-batch's middle sequences with themselves alone: one pass over a part of it.
 
-        Where they cannot be cut out, with themselves among copies of themselves: one more. Returns what is to be noted.
+        Where they cannot be cut out, or differ alone, with themselves among copies of themselves: one more. Returns what is
+        to be noted.
         """
         batch, whole = self.batches[self._largest], self._outputs
         count, positions = self.objective.sequence_shape(batch)
@@ -229,15 +230,21 @@ class _Row:
         agrees = came is not None and _agree(expected, came, halved)
         if self.objective.presumes and self.objective.settle(batch, self.leaves, agreed=agrees):
             came = alone()
-        if came is None:
-            self.cuts = False
-            order = torch.arange(count).clamp(start, stop - 1)
-            came, alone = self._tried(lambda: self.objective.rearranged(batch, order), whole), lambda: None
-            if count < 2 or came is None:
-                return (_UNVERIFIED,)
-            expected = whole.view(count, positions, -1)[order.to(whole.device)].view_as(whole)
-        if _agree(expected, came, halved):
+        if came is not None and _agree(expected, came, halved):
             self.cuts = self.cuts if self.cuts is False or count < 2 or not bool(expected.any()) else True
+            self._check_loss_apart(batch, whole, count, positions)
+            return ()
+        # Perhaps fewer sequences are another thing to the model, as where it keeps a hidden state of each: the same ones
+        # among copies of themselves must then stay as they are, and the others change, or nothing has been tried.
+        order = torch.arange(count).clamp(start, stop - 1)
+        mixed = self._tried(lambda: self.objective.rearranged(batch, order), whole) if count > 1 else None
+        if came is None:
+            self.cuts, alone = False, lambda: None
+            if mixed is None:
+                return (_UNVERIFIED,)
+            came = mixed[middle]
+        if mixed is not None and _agree(expected, mixed[middle], halved) and not _agree(whole, mixed, halved):
+            self.cuts = False
             self._check_loss_apart(batch, whole, count, positions)
             return ()
         gap, again = _gap(expected, came), alone()

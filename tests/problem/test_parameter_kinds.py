@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import hessprobe as hp
@@ -74,6 +76,15 @@ def test_trainable_parameters_of_two_precisions_are_measured_in_the_higher(tmp_p
     assert found.dtype == torch.float32 and oracles.relative_error(found.to_dense().double(), truth) < 1e-5
 
 
+@pytest.fixture
+def accelerator_anew() -> Iterator[None]:
+    """Lets a test make an accelerator of its own kind, though accelerate keeps one for a whole process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("accelerator_anew")
 def test_autocast_that_the_model_switches_on_itself_stays_off() -> None:
     torch.manual_seed(0)
     model = Net(nn.Sequential(nn.Linear(D, D), nn.GELU()))

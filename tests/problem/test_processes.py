@@ -121,9 +121,12 @@ def shares(processes: Processes) -> None:
     sizes = [sum(len(x) for _, x in own) for own in found]
     assert max(sizes) - min(sizes) <= 1
     assert objective.alone.share(batches)[0].batch is batches[0]
-    # Nothing says how to cut what forward= takes: it stays whole, in one process.
+    # Sequences that see each other stay together, in one process.
     given = Objective(
-        case.problem.model, loss=case.problem.loss, processes=processes, forward=lambda m, b: m(b[0])
+        case.problem.model,
+        loss=case.problem.loss,
+        processes=processes,
+        forward=lambda m, b: (z := m(b[0])) - z.mean(0),
     )
     held = processes.gathered([(own.start, own.stop) for own in given.share(batches)])
     assert [ends for own in held for ends in own] == [(0, len(x)) for x, _ in batches]

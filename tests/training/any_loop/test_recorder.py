@@ -373,7 +373,7 @@ def test_a_model_that_returns_tuples_is_told_how_to_pick_its_outputs(tmp_path):
     model = Tuples(6, 4)
     with Recorder(tmp_path / "whole", model, CROSS_LAYER, every=1, partition="module") as held:
         (failed,) = held(0, next(batches(1)))
-    assert "returned tuple: wanted a tensor of outputs" in failed.failure
+    assert "returned tuple of 2: wanted a tensor of outputs" in failed.failure
     assert "pass forward=" in failed.failure
     objective = Objective(model, forward=lambda m, batch: m(batch[0])[0])
     with Recorder(tmp_path / "picked", objective, CROSS_LAYER, every=1, partition="module") as held:
