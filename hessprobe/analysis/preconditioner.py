@@ -68,11 +68,9 @@ def _as_read(rows: xr.Dataset) -> xr.Dataset:
     if "curvature_sequences_read" not in rows:
         return rows
     reached = {
-        "curvature_sequences": np.isfinite(rows["curvature_sequences_read"]).any(dim="step").values,
-        "draw": np.isfinite(rows["optimal_residual"])
-        .any(dim=["step", "curvature_sequences", "damping"])
-        .values,
-        "fold": (rows["fold_tokens"] > 0).any(dim="step").values,
+        "curvature_sequences": rows["curvature_sequences_read"].notnull().any("step").values,
+        "draw": rows["optimal_residual"].notnull().any(["step", "curvature_sequences", "damping"]).values,
+        "fold": (rows["fold_tokens"] > 0).any("step").values,
     }
     kept = {dim: np.flatnonzero(there) for dim, there in reached.items() if there.any() and not there.all()}
     rows = rows.isel(kept) if kept else rows

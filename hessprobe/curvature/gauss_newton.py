@@ -102,7 +102,9 @@ class GaussNewton(ModelOperator):
                             for moved, wanted in names:
                                 curved = self._curve(z, batch, z_and_j.tangent(d, moved))
                                 back = z_and_j.pull_back(curved, wanted)
-                                torch._foreach_add_([shares[name] for name in back], list(back.values()))
+                                torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage]
+                                    [shares[name] for name in back], list(back.values())
+                                )
                 return product
             except (RuntimeError, NotImplementedError) as refusal:
                 if self._refused(refusal) and not self._cut_finer():

@@ -150,7 +150,9 @@ class Hessian(ModelOperator):
             shares = self.partition.unflatten(into)
             found = graph.product(self.partition.unflatten(row), moved, wanted)
             if found:
-                torch._foreach_copy_([shares[name] for name in found], list(found.values()))
+                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                    [shares[name] for name in found], list(found.values())
+                )
         return product
 
     def linearised(self, keep: int, *, compare: bool = True) -> Self:

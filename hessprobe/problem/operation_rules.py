@@ -164,7 +164,7 @@ _REVERSE: dict[Any, Rule] = {F.embedding: _reverse_embedding, F.embedding_bag: _
 _BOTH_MODES: dict[Any, Rule] = {
     F.gelu: _gelu,
     F.silu: _silu,
-    torch._weight_norm: _weight_norm,
+    torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     torch._C._set_grad_enabled: _set_grad_enabled,
