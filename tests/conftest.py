@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 # Two-threaded torch crawls on a busy machine; these matrices are far too small to gain from threads.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("HESSPROBE_TEST_THREADS", "1")))
 
 
 def _hide_broken_torchvision() -> None:
