@@ -35,7 +35,7 @@ from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import is_sharded
 from hessprobe.recipe import CrossLayerRecipe
-from hessprobe.store.schema import Table
+from hessprobe.schema.table import Table
 
 Operator = TypeVar("Operator", GaussNewton, Hessian)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hessprobe.recipe import CrossLayerRecipe
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, Variable, declared, of_quantity
+from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable, declared, of_quantity
 
 DIRECTIONS = ("update", "negative_gradient")
 

@@ -28,7 +28,7 @@ from hessprobe.probes.gn_hessian_traces import COST, ROUNDS, KernelTraces, Trace
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import GNHessianRecipe
-from hessprobe.store.schema import Table
+from hessprobe.schema.table import Table
 
 Operators = dict[str, CurvatureOperator]
 

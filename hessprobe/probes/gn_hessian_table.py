@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hessprobe.errors import unknown_name
 from hessprobe.probes.gn_hessian_traces import ROUNDS
 from hessprobe.recipe import GNHessianRecipe
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, declared, of_quantity
+from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, declared, of_quantity
 
 MATRICES = ("gauss_newton", "hessian", "residual")
 DIRECTIONS = ("negative_gradient", "update", "gauss_newton_step", "top_eigenvector", "random")

@@ -20,7 +20,7 @@ from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.batches import Batch
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import PreconditionerRecipe
-from hessprobe.store.schema import Table
+from hessprobe.schema.table import Table
 
 LOGGER = logging.getLogger("hessprobe")
 DEFAULT_MEMORY = 2**30

@@ -12,7 +12,7 @@ from hessprobe.estimation.conditioning import Conditioning
 from hessprobe.probes.preconditioner_candidates import Answer
 from hessprobe.probes.preconditioner_site import Judged, Site, jackknife_stderr
 from hessprobe.recipe import PreconditionerRecipe
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table
+from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
 
 
 class PreconditionerRow:

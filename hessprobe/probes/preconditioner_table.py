@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hessprobe.recipe import PreconditionerRecipe
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, Variable, declared
+from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable, declared
 
 # A dimension of this table, where the others hold one number per row.
 _MEASUREMENT = tuple(variable for variable in MEASUREMENT_VARIABLES if variable.name != "damping")

@@ -13,7 +13,7 @@ from torch import Tensor
 from hessprobe.optimization.running import RunningOptimizer
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.store.schema import Table
+from hessprobe.schema.table import Table
 
 Row = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hessprobe.recipe.section import Positive, Section
+from hessprobe.schema.section import Positive, Section
 
 Preset = Literal["light", "standard", "deep"]
 AboveZero = Annotated[float, Field(gt=0)]

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from hessprobe.recipe.instruments import CrossLayerRecipe, GNHessianRecipe, PreconditionerRecipe
 from hessprobe.recipe.optimizer import OptimizerRecipe
-from hessprobe.recipe.section import Positive, Section
 from hessprobe.recipe.study import StudyRecipe
+from hessprobe.schema.section import Positive, Section
 
 ProbeName = Literal["cross_layer", "gn_hessian", "preconditioner"]
 PROBES: tuple[str, ...] = get_args(ProbeName)

@@ -20,7 +20,7 @@ from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.processes import ALONE, Processes, ProcessLost
 from hessprobe.recipe import Recipe
-from hessprobe.store.schema import CHECK_VARIABLES, Table
+from hessprobe.schema.table import CHECK_VARIABLES, Table
 from hessprobe.training.failures import reason_of
 from hessprobe.training.probe_schedule import Every, Schedule
 

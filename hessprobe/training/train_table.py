@@ -9,7 +9,7 @@ from typing import Any
 from hessprobe.optimization.line_search import step_sizes
 from hessprobe.optimization.report import StepReport
 from hessprobe.recipe import OptimizerRecipe
-from hessprobe.store.schema import Table, Variable
+from hessprobe.schema.table import Table, Variable
 
 
 @dataclass(kw_only=True)

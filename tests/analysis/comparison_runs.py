@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hessprobe.store.schema import Table, Variable
+from hessprobe.schema.table import Table, Variable
 from hessprobe.store.writer import RunWriter
 
 CONTEXT = 64

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from hessprobe.store.schema import CHECK_VARIABLES
+from hessprobe.schema.table import CHECK_VARIABLES
 from tests.training.runs import assert_same_rows, state, tables, text_file, tiny
 
 KILLS, STEPS = 50, 8

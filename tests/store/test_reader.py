@@ -180,7 +180,7 @@ def test_writing_and_reading_need_no_torch(tmp_path):
 
 
 def test_declaring_a_table_loads_neither_zarr_nor_xarray():
-    code = "import sys, hessprobe.store.schema; assert not {'zarr', 'xarray', 'numpy'} & set(sys.modules)"
+    code = "import sys, hessprobe.schema.table; assert not {'zarr', 'xarray', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

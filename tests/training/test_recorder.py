@@ -17,7 +17,7 @@ from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import build_recipe
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table
+from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
 from hessprobe.store.writer import RunWriter
 from hessprobe.training import recorder
 from hessprobe.training.loop import train

@@ -13,7 +13,7 @@ from hessprobe.optimization.running import running_optimizer
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table
+from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
 from hessprobe.training import loop
 from tests import models
 from tests.training.runs import recipe, state

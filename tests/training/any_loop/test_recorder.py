@@ -25,7 +25,7 @@ from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import CrossLayerRecipe
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table
+from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
 from hessprobe.store.writer import RunWriter
 from hessprobe.training.any_loop.recorder import Recorder
 from tests.training.any_loop.loops import LOOPS, Loop, _plain, batches, build, plain, run
