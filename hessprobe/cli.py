@@ -12,7 +12,7 @@ import typer
 from hessprobe.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
-    from hessprobe.problem.processes import Processes
+    from hessprobe.machine.processes import Processes
     from hessprobe.recipe import Recipe
 
 app = typer.Typer(
@@ -72,8 +72,8 @@ def train(
 
     On several GPUs or processes: torchrun --nproc-per-node N -m hessprobe train ...
     """
+    from hessprobe.machine.torchrun import is_first, launched
     from hessprobe.recipe import build_recipe, read_recipe
-    from hessprobe.training.torchrun import is_first, launched
 
     settings = _settings(probe, optimizer, steps, every, coupling_error, device, seed, setting, log)
     if seeds is not None and seeds < 1:
@@ -94,7 +94,7 @@ def train(
     # A slip is answered before torch is loaded; of several processes the first decides for all.
     decided = None if launch else _decided(recipe, settings, out, seeds, resume)
 
-    from hessprobe.training.process_group import process_group
+    from hessprobe.machine.process_group import process_group
 
     with process_group(launch) as processes:
         wanted, folder, many = decided or processes.from_first(
@@ -450,7 +450,7 @@ def main() -> None:
     Of several processes the first says it, since what one meets all do; but that one is lost, whoever is left says. After
     a mistake the first alone ends with 2: another one that did, torchrun would stop the first before it has said it.
     """
-    from hessprobe.training.torchrun import launched, leave
+    from hessprobe.machine.torchrun import launched, leave
 
     try:
         _run_command_line()
@@ -466,7 +466,7 @@ def main() -> None:
 
 
 def _run_command_line() -> NoReturn:
-    from hessprobe.training.torchrun import is_first, launched
+    from hessprobe.machine.torchrun import is_first, launched
 
     try:
         if sys.argv[1:2] and sys.argv[1] in _ONE_PROCESS and launched():
@@ -482,7 +482,7 @@ def _run_command_line() -> NoReturn:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if is_first() else 0)
     except RunFailed as error:
-        from hessprobe.problem.processes import ProcessLost  # torch, which what has failed had loaded
+        from hessprobe.machine.processes import ProcessLost  # torch, which what has failed had loaded
 
         if is_first() or isinstance(error, ProcessLost):
             print(f"failed: {error}", file=sys.stderr)

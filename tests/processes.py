@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hessprobe.problem.processes import Processes
+from hessprobe.machine.processes import Processes
 
 SECONDS = 120  # a hang ends the test, however busy the machine
 # What tests of several processes import, and what the probes load when they need it. The server itself computes nothing:

@@ -17,11 +17,11 @@ from hessprobe.kernels.plan import NotOneCall, Plan, without
 from hessprobe.kernels.sequence_gradients import outputs_of, watched
 from hessprobe.kernels.sketches import Draws
 from hessprobe.kernels.stream import Stream
+from hessprobe.machine.memory import is_out_of_memory
+from hessprobe.machine.processes import PeerFailed
 from hessprobe.problem.measuring import with_parameters
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import PeerFailed
 from hessprobe.problem.shares import Share, is_sharded
 
 # Divisions go at least so far, whatever a micro-batch's size: with each, half as much is held.

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hessprobe.curvature.diagonal import sampled_diagonal
 from hessprobe.errors import RunFailed, UserError, unknown_name
+from hessprobe.machine.processes import ProcessLost
 from hessprobe.optimization.inner_solver import REFRESH, SOLVERS, FirstOrder, hidden_matrices, refresh_of
 from hessprobe.optimization.kfac import DAMPING, KFAC, TRUST
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.schedule import learning_rate_factor
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ProcessLost
 
 BASELINES = (*SOLVERS, "kfac", "ekfac")
 BASELINE_REFRESH = {**REFRESH, "kfac": 1, "ekfac": 1}

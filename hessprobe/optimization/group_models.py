@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hessprobe.curvature.linearisation import Linearisation, NotLinearisable
 from hessprobe.errors import UserError
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.optimization.local_model import (
     LocalGradient,
     Names,
@@ -22,7 +23,6 @@ from hessprobe.optimization.local_model import (
     local_gradient,
 )
 from hessprobe.problem.measuring import measuring
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
 
 

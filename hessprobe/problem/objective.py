@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.problem.batches import (
     Batch,
     count_of,
@@ -30,7 +31,6 @@ from hessprobe.problem.measuring import measuring, with_parameters
 from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition, unwrapped
-from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.problem.readings import Readings
 from hessprobe.problem.shares import Share, share_of
 from hessprobe.problem.splitting import agree, do_not_fit

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.batches import Batch, tensors_of
 from hessprobe.problem.losses import AutogradLoss
 from hessprobe.problem.measuring import measuring
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.modes import (
     activation_types,
     batch_statistics,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from hessprobe.errors import UserError
+from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.training.train_table import Totals
 
 FILE = "state.pt"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.problem.processes import PeerFailed
+from hessprobe.machine.processes import PeerFailed
 
 _LONGEST = 600  # characters of a message; torch's internal errors print whole graphs
 _OURS = Path(__file__).parents[1]

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from hessprobe.machine.process_group import own_device
+from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.running import RunningOptimizer, running_optimizer
 from hessprobe.probes.probe import Snapshot
@@ -17,14 +19,12 @@ from hessprobe.problem.corpus import Corpus
 from hessprobe.problem.hub_corpus import HubCorpus
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.recipe import Recipe
 from hessprobe.training.checkpoint import load_checkpoint, load_start, save_checkpoint
 from hessprobe.training.ending import Diverged, RunEnd
 from hessprobe.training.loggers import check_loggers
 from hessprobe.training.optimizers import OuterOptimizer, build_optimizer, build_warmup
 from hessprobe.training.outputs import Outputs, open_outputs
-from hessprobe.training.process_group import own_device
 from hessprobe.training.recorder import ProbeRecorder, build_probes, peak_memory
 from hessprobe.training.run_data import RunData
 from hessprobe.training.setup import build_model, check_same_text, check_shares, open_corpus, start_log

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hessprobe.problem.processes import Processes
+from hessprobe.machine.processes import Processes
 from hessprobe.recipe import Recipe
 from hessprobe.store.writer import RunWriter
 from hessprobe.training.console import RunConsole, stderr

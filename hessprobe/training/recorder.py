@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from hessprobe.machine.processes import ALONE, Processes, ProcessLost
 from hessprobe.probes.cross_layer import CrossLayerProbe
 from hessprobe.probes.gn_hessian import GNHessianProbe
 from hessprobe.probes.preconditioner import PreconditionerProbe
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ALONE, Processes, ProcessLost
 from hessprobe.recipe import Recipe
 from hessprobe.schema.table import CHECK_VARIABLES, Table
 from hessprobe.training.failures import reason_of

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from hessprobe.errors import UserError
+from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.problem.corpus import Corpus
 from hessprobe.problem.hub_corpus import HUB, HubCorpus
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.recipe import Recipe
 from hessprobe.store.writer import RunWriter

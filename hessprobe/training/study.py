@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hessprobe.errors import RunFailed, UserError
-from hessprobe.problem.processes import ALONE, Processes
+from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.recipe import Recipe, VariantRecipe, build_recipe, differences
 from hessprobe.recipe.runs import variant_run, warm_up_run, with_seed
 from hessprobe.recipe.study import WARM_UP

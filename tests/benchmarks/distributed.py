@@ -28,9 +28,9 @@ from torch import Tensor
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.kernels.layer_kernels import layer_kernels
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.machine.processes import Processes
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import Processes
 from hessprobe.problem.transformer import Decoder, DecoderConfig
 
 SIZES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hessprobe.problem.memory import is_out_of_memory
+from hessprobe.machine.memory import is_out_of_memory
 
 
 def test_the_cpu_allocators_own_error_is_one():

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.problem.objective import Objective
-from hessprobe.problem.processes import (
+from hessprobe.machine.processes import (
     ALONE,
     PeerFailed,
     PeerOutOfMemory,
@@ -19,6 +18,7 @@ from hessprobe.problem.processes import (
     Processes,
     ProcessLost,
 )
+from hessprobe.problem.objective import Objective
 from tests import processes as processes_of_tests
 from tests.cases import Case
 from tests.processes import on_processes

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.problem.processes import ALONE, Processes
-from hessprobe.training.process_group import own_device, process_group
+from hessprobe.machine.process_group import own_device, process_group
+from hessprobe.machine.processes import ALONE, Processes
+from hessprobe.machine.torchrun import Launch, is_first, launched
 from hessprobe.training.setup import check_same_text, check_shares
-from hessprobe.training.torchrun import Launch, is_first, launched
 from tests.training.runs import recipe
 
 

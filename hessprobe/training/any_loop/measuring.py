@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError
+from hessprobe.machine.processes import ProcessLost
 from hessprobe.optimization.running import RunningOptimizer
 from hessprobe.probes.probe import Probe, Snapshot
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ProcessLost
 from hessprobe.problem.row_checks import UNCHECKED, Checked, RowChecks
 from hessprobe.problem.shares import is_sharded
 from hessprobe.training.any_loop.meeting import Meeting, OutOfStep, Part

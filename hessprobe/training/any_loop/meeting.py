@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from hessprobe.errors import UserError
+from hessprobe.machine.processes import ALONE, Processes, ProcessLost
 from hessprobe.problem.batches import Batch
-from hessprobe.problem.processes import ALONE, Processes, ProcessLost
 
 LOGGER = logging.getLogger("hessprobe")
 WAIT = timedelta(
@@ -85,7 +85,7 @@ class Meeting:
                 raise UserError(
                     f"this is process {dist.get_rank()} of {dist.get_world_size()}, and not all of them have made a "
                     f"recorder in {WAIT.seconds:,} s ({str(error).strip().splitlines()[0]}): every process makes one and "
-                    "calls it, the first alone writes; processes=hessprobe.problem.processes.ALONE records the batches of "
+                    "calls it, the first alone writes; processes=hessprobe.machine.processes.ALONE records the batches of "
                     "one process alone"
                 ) from error
         # Not in the same group: processes with more to do than others may keep those waiting for longer than WAIT. Words
@@ -130,7 +130,7 @@ class Meeting:
             if max(abs(part.weights[0] - total), abs(part.weights[1] - norm)) > _ALIKE * norm:
                 raise UserError(
                     f"process {rank} holds other parameters than process 0, and a row is of one model: train under "
-                    "DistributedDataParallel, or record one process alone (processes=hessprobe.problem.processes.ALONE)"
+                    "DistributedDataParallel, or record one process alone (processes=hessprobe.machine.processes.ALONE)"
                 )
         batches = [batch for part in parts for batch in part.batches]
         return batches, all(part.known == parts[0].known for part in parts)

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from hessprobe.errors import UserError
+from hessprobe.machine.processes import Processes, ProcessLost
 from hessprobe.probes.probe import Probe
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import Processes, ProcessLost
 from hessprobe.training.any_loop.chosen_probes import Chosen, ChosenProbes, choose
 from hessprobe.training.any_loop.labels import ATTRIBUTE, Labels
 from hessprobe.training.any_loop.measuring import Measuring, names
@@ -80,7 +80,7 @@ class Recorder:
         beside: where the folder holds a run that is not gone on with, record into FOLDER-2, FOLDER-3, ... and say so.
         seed: of the probes' random vectors.
         processes: who records together; default: all processes of torch.distributed, in groups of their own. With
-            hessprobe.problem.processes.ALONE this process records its own batches alone, whatever others do.
+            hessprobe.machine.processes.ALONE this process records its own batches alone, whatever others do.
         forward, targets, loss, ignore_index, batch_first, auxiliary: how the model's outputs and loss come from a batch, as
             of hp.Objective; with a model alone. Default: cross-entropy of the model's outputs with the batch's labels.
 

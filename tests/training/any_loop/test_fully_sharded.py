@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hessprobe.problem.processes import ALONE, Processes
+from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.store.reader import open_run
 from hessprobe.training.any_loop.recorder import Recorder

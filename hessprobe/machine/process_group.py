@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from hessprobe.errors import RunFailed, UserError
-from hessprobe.problem.processes import ALONE, PeerFailed, Processes, ProcessLost
+from hessprobe.machine.processes import ALONE, PeerFailed, Processes, ProcessLost
+from hessprobe.machine.torchrun import Launch, launched
 from hessprobe.training.setup import pick_device
-from hessprobe.training.torchrun import Launch, launched
 
 # A process that died is noticed at once; this is for one that hangs, and more than any of them keeps the others waiting.
 TIMEOUT = timedelta(minutes=10)

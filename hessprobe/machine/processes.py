@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hessprobe.errors import RunFailed, UserError
-from hessprobe.problem.memory import is_out_of_memory
+from hessprobe.machine.memory import is_out_of_memory
 
 Result = TypeVar("Result")
 _DEEPEST = 2**20  # regions within regions that a word can tell apart
