@@ -137,7 +137,7 @@ def softmax_regression(generator: Generator) -> Problem:
 
 
 def _decoder(generator: Generator, vocabulary: int = 7, layers: int = 1, **switches: Any) -> nn.Module:
-    from hessprobe.problem.transformer import Decoder, DecoderConfig
+    from hessprobe.models.transformer import Decoder, DecoderConfig
 
     config = DecoderConfig(
         layers=layers, width=8, feedforward=12, heads=2, vocabulary=vocabulary, context=8, **switches

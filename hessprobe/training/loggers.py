@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.problem.hub import first_line
+from hessprobe.text.hub import first_line
 from hessprobe.training.recorder import Measurement
 
 PROJECT = "hessprobe"

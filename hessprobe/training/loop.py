@@ -15,11 +15,11 @@ from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.running import RunningOptimizer, running_optimizer
 from hessprobe.probes.probe import Snapshot
-from hessprobe.problem.corpus import Corpus
-from hessprobe.problem.hub_corpus import HubCorpus
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
+from hessprobe.text.corpus import Corpus
+from hessprobe.text.hub_corpus import HubCorpus
 from hessprobe.training.checkpoint import load_checkpoint, load_start, save_checkpoint
 from hessprobe.training.ending import Diverged, RunEnd
 from hessprobe.training.loggers import check_loggers

@@ -14,12 +14,12 @@ import torch
 
 from hessprobe.errors import UserError
 from hessprobe.machine.processes import ALONE, Processes
-from hessprobe.problem.corpus import Corpus
-from hessprobe.problem.hub_corpus import HUB, HubCorpus
+from hessprobe.models.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.recipe import Recipe
 from hessprobe.store.writer import RunWriter
+from hessprobe.text.corpus import Corpus
+from hessprobe.text.hub_corpus import HUB, HubCorpus
 from hessprobe.training.checkpoint import Start
 
 RECIPE_FILE = "recipe.toml"

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.probes.probe import Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.recipe import build_recipe
 from hessprobe.training.recorder import build_probes
 from hessprobe.validation.modes import BFLOAT16, Autocast, matmuls

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hessprobe.machine.processes import ALONE
-from hessprobe.problem.transformer import Decoder, DecoderConfig
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.training.any_loop.recorder import Recorder
 from hessprobe.validation.modes import prepare
 from hessprobe.validation.rows import compared

@@ -29,9 +29,9 @@ from hessprobe.analysis.sketches import Sketches
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.models.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.validation.timing import median_seconds, peak_growth
 
 # Name -> the decoder, and sequences x tokens of the batch.

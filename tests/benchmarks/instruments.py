@@ -34,12 +34,12 @@ from hessprobe.curvature.residual import Residual
 from hessprobe.estimation.sampling import Estimate, rademacher
 from hessprobe.estimation.shared_probes import shared_probes
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.models.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.probes.probe import Snapshot
-from hessprobe.problem.corpus import Corpus
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.recipe import Recipe
+from hessprobe.text.corpus import Corpus
 from hessprobe.training.recorder import build_probes
 from hessprobe.validation.stages.costs import FlatLogits
 

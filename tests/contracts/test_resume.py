@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hessprobe.problem.hub_corpus import HubCorpus
 from hessprobe.recipe import OPTIMIZERS, Recipe
+from hessprobe.text.hub_corpus import HubCorpus
 from hessprobe.training import loop
 from hessprobe.training.loop import train
 from tests.problem.test_hub_corpus import Files, corpus, documents

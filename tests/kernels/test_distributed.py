@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests.models import redraw, seeded
 
 SECONDS = 60  # a hang ends the test, however busy the machine; it takes about 8 s

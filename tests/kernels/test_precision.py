@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import ONE_SEQUENCE
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests.kernels.test_stream import Outside, text
 from tests.models import redraw, seeded
 

@@ -19,9 +19,9 @@ from hessprobe.kernels.plan import NotOneCall
 from hessprobe.kernels.stream import Stream
 from hessprobe.kernels.verification import verified_plan
 from hessprobe.machine.processes import PeerRefused, Processes
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests.cases import Case
 from tests.models import redraw, seeded
 from tests.processes import on_processes

@@ -16,9 +16,9 @@ from hessprobe.kernels.layer_kernels import layer_kernels
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, Plan, first_plan
 from hessprobe.kernels.stream import Stream
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests import models, oracles
 from tests.kernels.plain import Given, blocks_of, kernel_of, relative, rows_of, streamed
 from tests.models import IGNORED, redraw, seeded

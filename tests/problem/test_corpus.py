@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hessprobe.errors import UserError
-from hessprobe.problem import corpus as corpus_module
-from hessprobe.problem.corpus import Corpus
-from hessprobe.problem.sources import _spread
+from hessprobe.text import corpus as corpus_module
+from hessprobe.text.corpus import Corpus
+from hessprobe.text.sources import _spread
 
 
 def shard(path: Path, tokens) -> Path:
@@ -208,7 +208,7 @@ def test_opening_needs_no_torch(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("text " * 50)
     code = (
-        "import sys; from hessprobe.problem.corpus import Corpus; "
+        "import sys; from hessprobe.text.corpus import Corpus; "
         "Corpus.open(sys.argv[1], context=4).entropy(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
@@ -220,7 +220,7 @@ def test_token_outside_the_vocabulary_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_of_a_large_shard_it_is_told_by_the_batch_that_meets_it(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("hessprobe.problem.corpus.READ_WHOLE", 16)
+    monkeypatch.setattr("hessprobe.text.corpus.READ_WHOLE", 16)
     corpus = Corpus.open(shard(tmp_path / "t.bin", [300] * 200), context=8, vocabulary=256)
     for read in (lambda: corpus.batch(seed=0, step=0, sequences=1), lambda: corpus.held_out_batches(1, 1)):
         with pytest.raises(UserError, match="token 300, outside .* of 256 .*vocabulary=301 or more"):

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hessprobe.errors import RunFailed, UserError
-from hessprobe.problem.hub_corpus import HubCorpus
-from hessprobe.problem.packing import TOKENIZED_TOGETHER
-from hessprobe.problem.tokenizer import Tokenizer
+from hessprobe.text.hub_corpus import HubCorpus
+from hessprobe.text.packing import TOKENIZED_TOGETHER
+from hessprobe.text.tokenizer import Tokenizer
 
 CONTEXT = 6
 END = 0
@@ -224,7 +224,7 @@ class TestOpen:
             raise socket.gaierror(-2, "Name or service not known")
 
         monkeypatch.setattr(socket, "getaddrinfo", unknown)
-        monkeypatch.setattr("hessprobe.problem.hub.getproxies", dict)
+        monkeypatch.setattr("hessprobe.text.hub.getproxies", dict)
 
     def test_offline_says_what_was_sought_and_what_works(self, monkeypatch, rules, offline):
         monkeypatch.setitem(sys.modules, "datasets", object())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.problem.labelled_texts import LabelledTexts
+from hessprobe.text.labelled_texts import LabelledTexts
 from tests.training.probing.hugging_face import hub_folder, labelled_file, save_tokenizer
 
 CONTEXT = 6

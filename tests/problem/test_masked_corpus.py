@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.problem.corpus import Corpus
-from hessprobe.problem.masked_corpus import MaskedCorpus
+from hessprobe.text.corpus import Corpus
+from hessprobe.text.masked_corpus import MaskedCorpus
 from tests.training.probing.hugging_face import save_tokenizer
 from tests.training.runs import text_file
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.problem import pretrained
-from hessprobe.problem.pretrained import Pretrained
+from hessprobe.models import pretrained
+from hessprobe.models.pretrained import Pretrained
 from tests.training.probing.hugging_face import save_model, save_tokenizer
 
 

@@ -11,9 +11,9 @@ import pytest
 import tokenizers
 
 from hessprobe.errors import UserError
-from hessprobe.problem import tokenizer as tokenizer_module
-from hessprobe.problem.corpus import Corpus
-from hessprobe.problem.tokenizer import load_tokenizer
+from hessprobe.text import tokenizer as tokenizer_module
+from hessprobe.text.corpus import Corpus
+from hessprobe.text.tokenizer import load_tokenizer
 
 TEXT = "the cat sat on the mat\nand the naïve dog sat on the cat\n" * 40
 
@@ -120,7 +120,7 @@ def test_offline_says_what_was_sought_and_what_works(monkeypatch):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr("hessprobe.problem.hub.getproxies", dict)
+    monkeypatch.setattr("hessprobe.text.hub.getproxies", dict)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(UserError) as caught:
         load_tokenizer("an-owner/no-such-tokenizer")

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from hessprobe.errors import UserError
-from hessprobe.problem.transformer import SIZES, Attention, Decoder, DecoderConfig, rotate, rotation_tables
+from hessprobe.models.transformer import SIZES, Attention, Decoder, DecoderConfig, rotate, rotation_tables
 from tests import oracles
 
 torch.set_num_threads(1)

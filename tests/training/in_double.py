@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from hessprobe.cli import main as command_line
-from hessprobe.problem.transformer import Decoder
+from hessprobe.models.transformer import Decoder
 from hessprobe.training import setup
 
 

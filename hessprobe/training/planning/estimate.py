@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.optimization.baselines import BASELINE_REFRESH
 from hessprobe.optimization.group_models import LocalModels, product_cost
 from hessprobe.optimization.inner_solver import LARGEST, hidden_matrices
 from hessprobe.problem.objective import Objective, sequences_at_once
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.recipe import OptimizerRecipe
 from hessprobe.training.optimizers import gauss_newton_settings
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
+from hessprobe.models.transformer import Decoder
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder
 from hessprobe.recipe import OptimizerRecipe, Recipe
 from hessprobe.recipe.runs import variant_run, warm_up_run
 from hessprobe.training.optimizers import learning_rate

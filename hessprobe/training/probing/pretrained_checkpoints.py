@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.labelled_texts import LabelledTexts
-from hessprobe.problem.masked_corpus import MaskedCorpus
+from hessprobe.models.pretrained import CLASSIFICATION, CONFIG, MASKED, Pretrained
 from hessprobe.problem.objective import Objective
-from hessprobe.problem.pretrained import CLASSIFICATION, CONFIG, MASKED, Pretrained
-from hessprobe.problem.tokenizer import load_tokenizer
 from hessprobe.recipe import ModelRecipe
+from hessprobe.text.labelled_texts import LabelledTexts
+from hessprobe.text.masked_corpus import MaskedCorpus
+from hessprobe.text.tokenizer import load_tokenizer
 from hessprobe.training.probing.checkpoint_series import Reader, check_probes, put_parameters, recipe_of
 from hessprobe.training.setup import open_corpus
 

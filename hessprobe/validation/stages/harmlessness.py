@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessprobe.problem.transformer import Decoder, DecoderConfig
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.training.any_loop.recorder import Recorder
 from hessprobe.validation.children import ALONE, COMMAND_LINE, Child, train_words, write_text
 from hessprobe.validation.figures import Figure, check, failure, holds, measured, skipped

@@ -24,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hessprobe.errors import UserError
 from hessprobe.machine.processes import ALONE, Processes
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.probes.probe import Row, Snapshot
 from hessprobe.problem.objective import Objective
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.store.writer import RunWriter
 from hessprobe.training.any_loop import meeting
 from hessprobe.training.any_loop.recorder import Recorder

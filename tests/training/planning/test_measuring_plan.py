@@ -11,10 +11,10 @@ import pytest
 
 from hessprobe.cli import main
 from hessprobe.errors import UserError
+from hessprobe.models.transformer import Decoder
 from hessprobe.probes.cross_layer import CrossLayerProbe
 from hessprobe.probes.gn_hessian import GNHessianProbe
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder
 from hessprobe.recipe import Recipe, build_recipe, read_recipe
 from hessprobe.training.planning.estimate import cost, pass_memory
 from hessprobe.training.planning.measuring_plan import ProbePlan, measuring_lines, plan_measuring

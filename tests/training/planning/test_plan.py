@@ -12,11 +12,11 @@ import pytest
 import tokenizers
 import torch
 
-from hessprobe.problem import corpus, hub_corpus
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.recipe import OPTIMIZERS, OptimizerRecipe, build_recipe, read_recipe, shipped_recipes
+from hessprobe.text import corpus, hub_corpus
 from hessprobe.training.loop import train
 from hessprobe.training.optimizers import build_optimizer
 from hessprobe.training.planning.estimate import _saved_bytes, cost, memory

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 import xarray as xr
 
 from hessprobe.errors import RunFailed, UserError
-from hessprobe.problem.corpus import Corpus
-from hessprobe.problem.labelled_texts import LabelledTexts
-from hessprobe.problem.masked_corpus import MaskedCorpus
+from hessprobe.models.pretrained import Pretrained
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.pretrained import Pretrained
 from hessprobe.recipe import GNHessianRecipe
+from hessprobe.text.corpus import Corpus
+from hessprobe.text.labelled_texts import LabelledTexts
+from hessprobe.text.masked_corpus import MaskedCorpus
 from hessprobe.training import loop
 from hessprobe.training.loop import train
 from hessprobe.training.probing import series_run

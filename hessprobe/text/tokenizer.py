@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from hessprobe.errors import UserError
-from hessprobe.problem.hub import first_line, offline, require_hub
-from hessprobe.problem.sources import SEPARATOR, Parts
+from hessprobe.text.hub import first_line, offline, require_hub
+from hessprobe.text.sources import SEPARATOR, Parts
 
 LEARNED = "bpe:"
 SMALLEST = 257  # every byte, and the end of a text

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError
-from hessprobe.problem.hub import first_line
-from hessprobe.problem.hub_corpus import HUB, HubCorpus
-from hessprobe.problem.tokenizer import load_tokenizer
+from hessprobe.text.hub import first_line
+from hessprobe.text.hub_corpus import HUB, HubCorpus
+from hessprobe.text.tokenizer import load_tokenizer
 
 TEXT, LABEL = "text", "label"
 FROM_HUB = 4096  # texts of a stream that are kept

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.hub import first_line, offline
+from hessprobe.text.hub import first_line, offline
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError
-from hessprobe.problem.corpus import Corpus
-from hessprobe.problem.hub_corpus import HubCorpus
-from hessprobe.problem.tokenizer import load_tokenizer
+from hessprobe.text.corpus import Corpus
+from hessprobe.text.hub_corpus import HubCorpus
+from hessprobe.text.tokenizer import load_tokenizer
 
 HIDDEN, AS_MASK, AS_RANDOM = 0.15, 0.8, 0.1
 _MASKS = ("[MASK]", "<mask>")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hessprobe.errors import UserError
-from hessprobe.problem.sources import Parts, read_parts
+from hessprobe.text.sources import Parts, read_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +86,7 @@ class Corpus:
                 'Check its permissions, or use another corpus ("stdlib" is always there).'
             ) from error
         if tokenizer is not None:
-            from hessprobe.problem.tokenizer import load_tokenizer, tokenized
+            from hessprobe.text.tokenizer import load_tokenizer, tokenized
 
             rules = load_tokenizer(tokenizer, end_of_text=end_of_text, text=parts.train)
             parts, vocabulary = tokenized(parts, rules), vocabulary or rules.size

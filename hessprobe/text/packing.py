@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hessprobe.problem.tokenizer import Tokenizer
+from hessprobe.text.tokenizer import Tokenizer
 
 TOKENIZED_TOGETHER = 64  # documents
 

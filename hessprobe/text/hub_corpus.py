@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hessprobe.errors import RunFailed, UserError
-from hessprobe.problem.corpus import as_batch
-from hessprobe.problem.hub import OFFLINE_SOURCES, first_line, offline, require_hub
-from hessprobe.problem.packing import Bookmark, Packed
-from hessprobe.problem.tokenizer import Tokenizer, load_tokenizer
+from hessprobe.text.corpus import as_batch
+from hessprobe.text.hub import OFFLINE_SOURCES, first_line, offline, require_hub
+from hessprobe.text.packing import Bookmark, Packed
+from hessprobe.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
