@@ -13,8 +13,8 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import open_run
-from hessprobe.analysis.rows import failed_rows
 from hessprobe.cli import main
+from hessprobe.reading.rows import failed_rows
 from hessprobe.recipe import build_recipe, differences, read_recipe
 from hessprobe.recipe.sections import PROBES
 from hessprobe.report.page import write_report

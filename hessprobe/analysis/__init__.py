@@ -20,7 +20,6 @@ from hessprobe.analysis.coupling import (
 from hessprobe.analysis.discrepancy import block_gap, curvature_ratio, gn_gap, residual_by_block
 from hessprobe.analysis.discrepancy_ladder import ladder
 from hessprobe.analysis.discrepancy_spectrum import negative_curvature, smoothed_density
-from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.findings import findings
 from hessprobe.analysis.grouping import (
     GroupingCurve,
@@ -40,11 +39,12 @@ from hessprobe.analysis.preconditioner import (
 )
 from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps
 from hessprobe.analysis.preconditioner_ratio import cross_layer_pays, decrease_ratios
-from hessprobe.analysis.reading import load_run
 from hessprobe.analysis.sketch_space import CrossFit
 from hessprobe.analysis.sketches import Sketches, sketches_of
 from hessprobe.analysis.training import TrainingSummary, loss_curve, measuring_costs, summarize_training
-from hessprobe.analysis.trend import Trend, trend
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.load_run import load_run
+from hessprobe.reading.trend import Trend, trend
 from hessprobe.store.reader import open_run, require_table
 
 __all__ = [

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hessprobe.analysis.sketch_space import CrossFit, Group
-from hessprobe.analysis.trend import STANDARD_ERRORS
+from hessprobe.reading.trend import STANDARD_ERRORS
 
 LEAST_FREEDOM = 0.25
 

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from hessprobe.analysis.comparison_runs import ComparedRun
-from hessprobe.analysis.wording import counted
+from hessprobe.reading.wording import counted
 
 
 def cautions(found: Sequence[ComparedRun], runs: xr.Dataset, target: float) -> tuple[str, ...]:

@@ -10,9 +10,9 @@ import xarray as xr
 
 from hessprobe.analysis.comparison import Comparison
 from hessprobe.analysis.comparison_groups import METHODS
-from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.reference_study import CITATION, reference_study
-from hessprobe.analysis.wording import counted, plus_minus
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.wording import counted, plus_minus
 
 
 def comparison_findings(comparison: Comparison) -> list[Finding]:

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from hessprobe.analysis.comparison_runs import ComparedRun
-from hessprobe.analysis.ratio import NO_RATIO, Ratio, ratio
+from hessprobe.reading.statistics import NO_RATIO, Ratio, ratio
 
 METHODS = {
     "full_gn": "full GN",

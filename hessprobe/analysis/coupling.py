@@ -12,7 +12,7 @@ import re
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.rows import sound_rows
+from hessprobe.reading.rows import sound_rows
 
 _NUMBERED = re.compile(r"(?:^|\.)block\.(\d+)(?:\.|$)")
 

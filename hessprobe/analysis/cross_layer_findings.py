@@ -12,11 +12,11 @@ from hessprobe.analysis.coupling import (
     off_block_energy,
     strongest_pairs,
 )
-from hessprobe.analysis.finding import Finding
-from hessprobe.analysis.rows import sound_rows
-from hessprobe.analysis.trend import STANDARD_ERRORS, standard_errors_of_largest, trend
-from hessprobe.analysis.trend_finding import trend_finding
-from hessprobe.analysis.wording import basis, counted, percent, plus_minus
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.rows import sound_rows
+from hessprobe.reading.trend import STANDARD_ERRORS, standard_errors_of_largest, trend
+from hessprobe.reading.trend_finding import trend_finding
+from hessprobe.reading.wording import basis, counted, percent, plus_minus
 
 
 def cross_layer_findings(table: xr.Dataset) -> list[Finding]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.ratio import student
-from hessprobe.analysis.rows import sound_rows
-from hessprobe.analysis.trend import STANDARD_ERRORS, standard_errors_of_largest
+from hessprobe.reading.rows import sound_rows
+from hessprobe.reading.statistics import student
+from hessprobe.reading.trend import STANDARD_ERRORS, standard_errors_of_largest
 
 GAUSS_NEWTON, HESSIAN, RESIDUAL = MATRICES = ("gauss_newton", "hessian", "residual")
 _ROW, _WHOLE, _BLOCK = ("step",), ("step", "matrix"), ("step", "block")

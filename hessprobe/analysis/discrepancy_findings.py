@@ -22,10 +22,10 @@ from hessprobe.analysis.discrepancy_step_findings import (
     model_error_of_update,
     update_curvature,
 )
-from hessprobe.analysis.finding import Finding
-from hessprobe.analysis.trend import trend
-from hessprobe.analysis.trend_finding import trend_finding
-from hessprobe.analysis.wording import basis, counted, percent, plus_minus
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.trend import trend
+from hessprobe.reading.trend_finding import trend_finding
+from hessprobe.reading.wording import basis, counted, percent, plus_minus
 
 
 def discrepancy_findings(table: xr.Dataset) -> list[Finding]:

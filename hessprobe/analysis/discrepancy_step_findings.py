@@ -7,8 +7,8 @@ import xarray as xr
 
 from hessprobe.analysis.discrepancy import GAUSS_NEWTON, curvature_ratio, measured
 from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION, full_length, ladder
-from hessprobe.analysis.finding import Finding
-from hessprobe.analysis.wording import basis, counted, percent, plus_minus
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.wording import basis, counted, percent, plus_minus
 
 ALONG = {
     "negative_gradient": "the negative gradient",

@@ -11,13 +11,13 @@ import xarray as xr
 
 from hessprobe.analysis.cross_layer_findings import cross_layer_findings, cross_layer_trends
 from hessprobe.analysis.discrepancy_findings import discrepancy_findings, discrepancy_trends
-from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.grouping_findings import grouping_findings
 from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
 from hessprobe.analysis.preconditioner_findings import preconditioner_findings
-from hessprobe.analysis.symmetry import symmetry_findings
 from hessprobe.analysis.training import measuring_costs, summarize_training
-from hessprobe.analysis.wording import counted, percent
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.symmetry import symmetry_findings
+from hessprobe.reading.wording import counted, percent
 
 
 def findings(run: xr.DataTree, groupings: GroupingStudy | None = None) -> list[Finding]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.grouping_study import GroupingStudy
-from hessprobe.analysis.trend import STANDARD_ERRORS, standard_errors_of_largest
-from hessprobe.analysis.wording import percent
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.trend import STANDARD_ERRORS, standard_errors_of_largest
+from hessprobe.reading.wording import percent
 
 CLOSED = 0.9  # of the gap between layerwise and full
 NAMED_UP_TO = 90  # letters

@@ -12,9 +12,9 @@ import numpy as np
 import xarray as xr
 
 from hessprobe.analysis.grouping_table import ANSWERS, grouping_table, reached_damping, sketched_rows
-from hessprobe.analysis.rows import sound_rows
 from hessprobe.analysis.sketches import Sketches, sketches_of
 from hessprobe.errors import UserError
+from hessprobe.reading.rows import sound_rows
 
 WANTED_DAMPING = 0.1
 ROWS_OVER_TRAINING = 12

@@ -10,10 +10,10 @@ import xarray as xr
 
 from hessprobe.analysis.answer import LEAST_FREEDOM, Answer
 from hessprobe.analysis.grouping import block_importance, greedy_grouping, merge_gains, relative_decrease
-from hessprobe.analysis.rows import sound_rows
 from hessprobe.analysis.sketch_space import CrossFit
 from hessprobe.analysis.sketches import sketches_of
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.reading.rows import sound_rows
 
 ANSWERS = ("full_over_layerwise", "merge_gain", "importance", "curve")
 Columns = dict[str, tuple]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.rows import sound_rows
+from hessprobe.reading.rows import sound_rows
 
 LAYERWISE, FULL, UPDATE = "layerwise_gn", "full_gn", "update"
 EVERY = ("step", "draw", "candidate", "curvature_sequences", "damping")

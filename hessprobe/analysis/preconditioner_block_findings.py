@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.preconditioner import UPDATE, practical
 from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps, damping_of
 from hessprobe.analysis.preconditioner_ratio import closest
-from hessprobe.analysis.trend import STANDARD_ERRORS
-from hessprobe.analysis.wording import counted, percent, plus_minus
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.trend import STANDARD_ERRORS
+from hessprobe.reading.wording import counted, percent, plus_minus
 
 
 def step_sizes(rows: xr.Dataset) -> Finding | None:

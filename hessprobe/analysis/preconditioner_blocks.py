@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.trend import standard_errors_of_largest
+from hessprobe.reading.trend import standard_errors_of_largest
 
 # Where rates were found: on the candidate's own curvature batch, or on the held-out sequences but for the fold that
 # judges them. What of S they know.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.preconditioner import (
     FULL,
     LAYERWISE,
@@ -22,8 +21,9 @@ from hessprobe.analysis.preconditioner_block_findings import (
     step_sizes,
 )
 from hessprobe.analysis.preconditioner_ratio import closest, cross_layer_pays, decrease_ratios
-from hessprobe.analysis.trend import STANDARD_ERRORS, trend
-from hessprobe.analysis.wording import counted, percent, plus_minus
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.trend import STANDARD_ERRORS, trend
+from hessprobe.reading.wording import counted, percent, plus_minus
 
 # Relative residual of a solve beyond which a comparison is one of unfinished solves: stopping early damps too.
 LOOSE = 0.3

@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from hessprobe.analysis.preconditioner import FULL, JUDGED, LAYERWISE, decreases, preconditioner_rows
-from hessprobe.analysis.trend import STANDARD_ERRORS
+from hessprobe.reading.trend import STANDARD_ERRORS
 
 
 @dataclass(frozen=True, kw_only=True)

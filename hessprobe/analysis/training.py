@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.rows import failed_rows, sound_rows
+from hessprobe.reading.rows import failed_rows, sound_rows
 
 CLOCKS = ("tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents")
 

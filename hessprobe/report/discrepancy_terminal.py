@@ -20,7 +20,7 @@ from hessprobe.analysis.discrepancy import (
 from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION, full_length, ladder
 from hessprobe.analysis.discrepancy_spectrum import extremes
 from hessprobe.analysis.discrepancy_step_findings import ALONG
-from hessprobe.analysis.wording import basis, percent, plus_minus
+from hessprobe.reading.wording import basis, percent, plus_minus
 
 
 def show_gn_hessian(table: xr.Dataset, console: Console) -> None:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hessprobe import analysis
-from hessprobe.analysis.rows import sound_rows
 from hessprobe.errors import UserError
+from hessprobe.reading.rows import sound_rows
 
 COLUMN = 3.35  # inches: one column of a two-column page
 ACCENT, SECOND = "#0b6a88", "#b35806"

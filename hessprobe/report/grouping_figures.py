@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from hessprobe.analysis.coupling import jacobi_radius
 from hessprobe.analysis.grouping_study import GroupingStudy, ranked_gains
-from hessprobe.analysis.rows import sound_rows
 from hessprobe.errors import UserError
+from hessprobe.reading.rows import sound_rows
 from hessprobe.report.figures import ACCENT, COLUMN, SECOND, STYLE, marker, new, short, stored
 
 UNRESOLVED = "#999999"

@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from hessprobe.analysis import Finding, findings, load_run
 from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
-from hessprobe.analysis.wording import percent, plus_minus
+from hessprobe.reading.wording import percent, plus_minus
 from hessprobe.report.cross_layer import cross_layer
 from hessprobe.report.discrepancy import gn_hessian
 from hessprobe.report.preconditioner import preconditioner

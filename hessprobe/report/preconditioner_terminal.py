@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hessprobe.analysis.preconditioner import preconditioner_rows, scoreboard
 from hessprobe.analysis.preconditioner_ratio import cross_layer_pays
-from hessprobe.analysis.wording import percent, plus_minus
+from hessprobe.reading.wording import percent, plus_minus
 
 
 def show_preconditioner(table: xr.Dataset, console: Console) -> None:

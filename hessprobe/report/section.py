@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis.rows import failed_rows
+from hessprobe.reading.rows import failed_rows
 from hessprobe.store.reader import recorded_probes
 
 RECORDED_BY = {

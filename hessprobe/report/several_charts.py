@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from hessprobe.analysis import coupling, coupling_by_distance, cross_share, jacobi_radius, off_block_energy
-from hessprobe.analysis.rows import sound_rows
 from hessprobe.analysis.several_runs import Beside, coupling_difference
+from hessprobe.reading.rows import sound_rows
 from hessprobe.report.charts import Series, layout, matrix, over_steps, shown
 
 COLORS = tuple(f"var(--series-{i})" for i in range(1, 8))

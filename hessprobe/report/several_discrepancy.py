@@ -13,9 +13,9 @@ import xarray as xr
 from hessprobe.analysis.discrepancy import HESSIAN, curvature_ratio, gn_gap
 from hessprobe.analysis.discrepancy_ladder import full_length, ladder
 from hessprobe.analysis.discrepancy_spectrum import negative_curvature, smoothed_density
-from hessprobe.analysis.rows import sound_rows
 from hessprobe.analysis.several_runs import Beside
-from hessprobe.analysis.wording import basis
+from hessprobe.reading.rows import sound_rows
+from hessprobe.reading.wording import basis
 from hessprobe.report.charts import over_steps
 from hessprobe.report.discrepancy_charts import densities
 from hessprobe.report.section import Section, table_or_reason

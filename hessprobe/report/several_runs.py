@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hessprobe.analysis.rows import sound_rows
 from hessprobe.analysis.several_runs import Beside, differences, runs_beside
 from hessprobe.analysis.training import measuring_costs, summarize_training
-from hessprobe.analysis.wording import counted
+from hessprobe.reading.rows import sound_rows
+from hessprobe.reading.wording import counted
 from hessprobe.report.charts import over_steps
 from hessprobe.report.page import PAGE, render_page, write_page
 from hessprobe.report.provenance import decoded, flat, said_setting, said_time

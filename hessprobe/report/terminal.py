@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hessprobe.analysis import coupling, cross_share, findings, load_run, require_table, strongest_pairs
-from hessprobe.analysis.rows import failed_rows, sound_rows
-from hessprobe.analysis.wording import basis, counted, percent, plus_minus
+from hessprobe.reading.rows import failed_rows, sound_rows
+from hessprobe.reading.wording import basis, counted, percent, plus_minus
 from hessprobe.report.discrepancy_terminal import show_gn_hessian
 from hessprobe.report.preconditioner_terminal import show_preconditioner
 

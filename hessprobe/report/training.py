@@ -12,8 +12,8 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from hessprobe.analysis import loss_curve, measuring_costs, summarize_training
-from hessprobe.analysis.rows import failed_rows, sound_rows
 from hessprobe.analysis.training import decrease_ratio, step_outcomes
+from hessprobe.reading.rows import failed_rows, sound_rows
 from hessprobe.report.charts import ACCENT, SECOND, Series, over_steps
 from hessprobe.report.provenance import decoded
 from hessprobe.report.section import Section, table_or_reason

@@ -10,8 +10,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hessprobe import analysis
-from hessprobe.analysis.rows import sound_rows
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.reading.rows import sound_rows
 from hessprobe.report.figures import ACCENT, COLUMN, SECOND, STYLE, marker, new, stored
 
 CLOCKS = {

@@ -9,8 +9,8 @@ import pytest
 
 from hessprobe.analysis.comparison import compare
 from hessprobe.analysis.comparison_findings import comparison_findings, reading_order
-from hessprobe.analysis.finding import Finding
 from hessprobe.analysis.reference_study import reference_study
+from hessprobe.reading.finding import Finding
 from tests.analysis.comparison_runs import falling, write_losses, write_study
 
 LENGTH = {"steps": 60}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hessprobe.analysis.ratio import NO_RATIO, ratio, student
+from hessprobe.reading.statistics import NO_RATIO, ratio, student
 
 
 def test_student_is_scipys():

@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import findings
-from hessprobe.analysis.symmetry import LIMIT, asymmetric_rows, asymmetry
+from hessprobe.reading.symmetry import LIMIT, asymmetric_rows, asymmetry
 from hessprobe.report.cross_layer import cross_layer
 from tests.analysis.test_coupling import table
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from hessprobe.analysis.wording import basis, counted, percent, plus_minus
+from hessprobe.reading.wording import basis, counted, percent, plus_minus
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hessprobe.analysis.finding import Finding
-from hessprobe.analysis.trend import Trend
-from hessprobe.analysis.wording import counted, plus_minus
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.trend import Trend
+from hessprobe.reading.wording import counted, plus_minus
 
 
 def trend_finding(name: str, quantity: str, line: Trend, each: str, *, share: bool = False) -> Finding:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import xarray as xr
 
-from hessprobe.analysis.finding import Finding
-from hessprobe.analysis.rows import sound_rows
-from hessprobe.analysis.wording import counted
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.rows import sound_rows
+from hessprobe.reading.wording import counted
 
 # eps ** 0.4 of float32, in which all but a few runs measure: rounding leaves 1e-7 to 1e-4, a wrong derivative 1e-2 and more.
 LIMIT = (2.0**-23) ** 0.4
