@@ -20,11 +20,11 @@ from hessprobe.analysis.comparison_findings import (
 )
 from hessprobe.analysis.comparison_groups import METHODS
 from hessprobe.analysis.reference_study import CITATION, reference_study
+from hessprobe.pictures.section import Section
 from hessprobe.reading.wording import counted, plus_minus
 from hessprobe.report.comparison_charts import comparison_charts
 from hessprobe.report.page import render_page, write_page
 from hessprobe.report.provenance import said_time
-from hessprobe.report.section import Section
 
 COSTS = {
     "tokens": "tokens",

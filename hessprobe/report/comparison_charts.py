@@ -10,7 +10,7 @@ import xarray as xr
 
 from hessprobe.analysis.comparison import Comparison, spent
 from hessprobe.analysis.comparison_findings import reading_order, steps_said
-from hessprobe.report.charts import ERROR_BARS_UP_TO, drawn_points, layout, shown
+from hessprobe.pictures.charts import ERROR_BARS_UP_TO, drawn_points, layout, shown
 
 COLORS = tuple(f"var(--series-{n})" for n in range(1, 8))
 DASHES = ("solid", "dash", "dot", "dashdot")

@@ -21,12 +21,12 @@ from hessprobe.analysis.discrepancy import (
 )
 from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION, full_length, ladder
 from hessprobe.analysis.discrepancy_spectrum import extremes, negative_curvature, smoothed_density
+from hessprobe.pictures.charts import evenly_spaced
+from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import failed_rows, sound_rows
 from hessprobe.reading.symmetry import asymmetry
 from hessprobe.reading.wording import basis
 from hessprobe.report import discrepancy_charts as charts_of
-from hessprobe.report.charts import evenly_spaced
-from hessprobe.report.section import Section, table_or_reason
 
 # Any of these makes a row worth a page.
 ASKED = ("gn_gap", "ritz_value", "direction_curvature", "change", "block_gn_gap", "trace")

@@ -11,7 +11,7 @@ from plotly.colors import sequential
 
 from hessprobe.analysis.discrepancy import GAUSS_NEWTON, HESSIAN, MATRICES, RESIDUAL
 from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION
-from hessprobe.report.charts import SECOND, Series, evenly_spaced, layout, over_steps, shown
+from hessprobe.pictures.charts import SECOND, Series, evenly_spaced, layout, over_steps, shown
 
 INK = "var(--ink)"
 MATRIX_LOOKS = {

@@ -10,8 +10,8 @@ import xarray as xr
 
 from hessprobe.analysis.coupling import jacobi_radius
 from hessprobe.analysis.grouping_study import GroupingStudy, ranked_gains
+from hessprobe.pictures.charts import ACCENT, DIVERGING, SECOND, evenly_spaced, layout, shown
 from hessprobe.reading.rows import sound_rows
-from hessprobe.report.charts import ACCENT, DIVERGING, SECOND, evenly_spaced, layout, shown
 
 # Of many pairs, the ends of the ranking.
 HIGHEST, LOWEST = 12, 4

@@ -21,12 +21,12 @@ from plotly.offline import get_plotlyjs
 
 from hessprobe.analysis import Finding, findings, load_run
 from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
+from hessprobe.pictures.section import Section
 from hessprobe.reading.wording import percent, plus_minus
 from hessprobe.report.cross_layer import cross_layer
 from hessprobe.report.discrepancy import gn_hessian
 from hessprobe.report.preconditioner import preconditioner
 from hessprobe.report.provenance import provenance, said_time
-from hessprobe.report.section import Section
 from hessprobe.report.summary import findings_json, summary_markdown
 from hessprobe.report.training import costs, training
 

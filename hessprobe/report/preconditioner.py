@@ -21,11 +21,11 @@ from hessprobe.analysis.preconditioner_block_findings import largest_residual
 from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps, damping_of
 from hessprobe.analysis.preconditioner_findings import LOOSE
 from hessprobe.analysis.preconditioner_ratio import cross_layer_pays, decrease_ratios
+from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import failed_rows
 from hessprobe.reading.symmetry import asymmetry
 from hessprobe.reading.trend import STANDARD_ERRORS
 from hessprobe.report import preconditioner_charts as charts_of
-from hessprobe.report.section import Section, table_or_reason
 
 
 def preconditioner(run: xr.DataTree) -> Section:

@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 import xarray as xr
 from plotly.colors import sequential
 
-from hessprobe.report.charts import ACCENT, SECOND, Series, evenly_spaced, layout, over_steps
-from hessprobe.report.named_charts import (
+from hessprobe.pictures.charts import ACCENT, SECOND, Series, evenly_spaced, layout, over_steps
+from hessprobe.pictures.named_charts import (
     add_dots,
     dotted,
     errors_said,

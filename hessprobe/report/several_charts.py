@@ -12,8 +12,8 @@ import xarray as xr
 
 from hessprobe.analysis import coupling, coupling_by_distance, cross_share, jacobi_radius, off_block_energy
 from hessprobe.analysis.several_runs import Beside, coupling_difference
+from hessprobe.pictures.charts import Series, layout, matrix, over_steps, shown
 from hessprobe.reading.rows import sound_rows
-from hessprobe.report.charts import Series, layout, matrix, over_steps, shown
 
 COLORS = tuple(f"var(--series-{i})" for i in range(1, 8))
 DASHES = ("solid", "dot", "dash")

@@ -13,10 +13,10 @@ import xarray as xr
 
 from hessprobe.analysis import loss_curve, measuring_costs, summarize_training
 from hessprobe.analysis.training import decrease_ratio, step_outcomes
+from hessprobe.pictures.charts import ACCENT, SECOND, Series, over_steps
+from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import failed_rows, sound_rows
-from hessprobe.report.charts import ACCENT, SECOND, Series, over_steps
 from hessprobe.report.provenance import decoded
-from hessprobe.report.section import Section, table_or_reason
 from hessprobe.report.training_charts import by_clock
 
 

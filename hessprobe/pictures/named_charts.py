@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from hessprobe.report.charts import DIVERGING, layout, shown
+from hessprobe.pictures.charts import DIVERGING, layout, shown
 
 # Ends of the diverging scale of ratios, as a power of two.
 RATIO_END = 2

@@ -1,0 +1,1 @@
+"""What is drawn, and with which pen."""
