@@ -7,30 +7,10 @@ all that a report says, `grouping_table(table, damping=...)` for every measured 
 
 from __future__ import annotations
 
-from hessprobe.analysis.answer import Answer
-from hessprobe.analysis.coupling import (
-    coupling,
-    coupling_by_distance,
-    cross_share,
-    curvature_shares,
-    jacobi_radius,
-    off_block_energy,
-    strongest_pairs,
-)
 from hessprobe.analysis.discrepancy import block_gap, curvature_ratio, gn_gap, residual_by_block
 from hessprobe.analysis.discrepancy_ladder import ladder
 from hessprobe.analysis.discrepancy_spectrum import negative_curvature, smoothed_density
 from hessprobe.analysis.findings import findings
-from hessprobe.analysis.grouping import (
-    GroupingCurve,
-    block_importance,
-    curvature_along,
-    greedy_grouping,
-    merge_gains,
-    relative_decrease,
-)
-from hessprobe.analysis.grouping_study import GroupingStudy, ranked_gains, study_groupings
-from hessprobe.analysis.grouping_table import grouping_table, reached_damping
 from hessprobe.analysis.preconditioner import (
     decreases,
     efficiency,
@@ -39,9 +19,29 @@ from hessprobe.analysis.preconditioner import (
 )
 from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps
 from hessprobe.analysis.preconditioner_ratio import cross_layer_pays, decrease_ratios
-from hessprobe.analysis.sketch_space import CrossFit
-from hessprobe.analysis.sketches import Sketches, sketches_of
 from hessprobe.analysis.training import TrainingSummary, loss_curve, measuring_costs, summarize_training
+from hessprobe.instruments.cross_layer.answers import (
+    coupling,
+    coupling_by_distance,
+    cross_share,
+    curvature_shares,
+    jacobi_radius,
+    off_block_energy,
+    strongest_pairs,
+)
+from hessprobe.instruments.cross_layer.grouping.answer import Answer
+from hessprobe.instruments.cross_layer.grouping.groupings import (
+    GroupingCurve,
+    block_importance,
+    curvature_along,
+    greedy_grouping,
+    merge_gains,
+    relative_decrease,
+)
+from hessprobe.instruments.cross_layer.grouping.sketch_space import CrossFit
+from hessprobe.instruments.cross_layer.grouping.sketches import Sketches, sketches_of
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, ranked_gains, study_groupings
+from hessprobe.instruments.cross_layer.grouping.table import grouping_table, reached_damping
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.trend import Trend, trend

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from hessprobe.analysis.findings import findings
-from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.rows import sound_rows

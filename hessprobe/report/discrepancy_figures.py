@@ -27,9 +27,19 @@ from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION, ladder
 from hessprobe.analysis.discrepancy_spectrum import extremes, smoothed_density
 from hessprobe.analysis.discrepancy_step_findings import ALONG
 from hessprobe.errors import UserError
+from hessprobe.instruments.cross_layer.figures import (
+    ACCENT,
+    COLUMN,
+    SECOND,
+    STYLE,
+    marker,
+    new,
+    plain,
+    short,
+    stored,
+)
 from hessprobe.reading.rows import sound_rows
 from hessprobe.report.discrepancy_charts import scale_end
-from hessprobe.report.figures import ACCENT, COLUMN, SECOND, STYLE, marker, new, plain, short, stored
 
 TABLE = "gn_hessian"
 GREY = "#777777"

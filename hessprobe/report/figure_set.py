@@ -10,9 +10,11 @@ from pathlib import Path
 import xarray as xr
 from matplotlib.figure import Figure
 
-from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
 from hessprobe.errors import UserError
-from hessprobe.report import figures, grouping_figures, training_figures
+from hessprobe.instruments.cross_layer import figures
+from hessprobe.instruments.cross_layer.grouping import figures as grouping_figures
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
+from hessprobe.report import training_figures
 from hessprobe.report.discrepancy_figures import discrepancy_drawings
 from hessprobe.report.preconditioner_figures import preconditioner_drawings
 

@@ -20,10 +20,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from hessprobe.analysis import Finding, findings, load_run
-from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
+from hessprobe.instruments.cross_layer.section import cross_layer
 from hessprobe.pictures.section import Section
 from hessprobe.reading.wording import percent, plus_minus
-from hessprobe.report.cross_layer import cross_layer
 from hessprobe.report.discrepancy import gn_hessian
 from hessprobe.report.preconditioner import preconditioner
 from hessprobe.report.provenance import provenance, said_time

@@ -19,7 +19,17 @@ from hessprobe.analysis.preconditioner import LAYERWISE, efficiency, preconditio
 from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps
 from hessprobe.analysis.preconditioner_ratio import cross_layer_pays, decrease_ratios
 from hessprobe.errors import UserError
-from hessprobe.report.figures import ACCENT, COLUMN, SECOND, STYLE, marker, new, plain, short, stored
+from hessprobe.instruments.cross_layer.figures import (
+    ACCENT,
+    COLUMN,
+    SECOND,
+    STYLE,
+    marker,
+    new,
+    plain,
+    short,
+    stored,
+)
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5d656d")
 DASHES = ("-", "--", ":")

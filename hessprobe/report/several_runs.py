@@ -9,13 +9,18 @@ from typing import Any
 
 from hessprobe.analysis.several_runs import Beside, differences, runs_beside
 from hessprobe.analysis.training import measuring_costs, summarize_training
+from hessprobe.instruments.cross_layer.several import (
+    cross_layer_charts,
+    last_coupling,
+    lines_over_steps,
+    stored_line,
+)
 from hessprobe.pictures.charts import over_steps
 from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import counted
 from hessprobe.report.page import PAGE, render_page, write_page
 from hessprobe.report.provenance import decoded, flat, said_setting, said_time
-from hessprobe.report.several_charts import cross_layer_charts, last_coupling, lines_over_steps, stored_line
 from hessprobe.report.several_discrepancy import several_gn_hessian
 from hessprobe.report.several_preconditioner import several_preconditioner
 from hessprobe.report.summary import findings_json, summary_markdown

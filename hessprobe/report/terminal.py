@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hessprobe.analysis import coupling, cross_share, findings, load_run, require_table, strongest_pairs
+from hessprobe.analysis import cross_share, findings, load_run, require_table, strongest_pairs
+from hessprobe.instruments.cross_layer import answers as coupling
 from hessprobe.reading.rows import failed_rows, sound_rows
 from hessprobe.reading.wording import basis, counted, percent, plus_minus
 from hessprobe.report.discrepancy_terminal import show_gn_hessian

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from hessprobe import analysis
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.instruments.cross_layer.figures import ACCENT, COLUMN, SECOND, STYLE, marker, new, stored
 from hessprobe.reading.rows import sound_rows
-from hessprobe.report.figures import ACCENT, COLUMN, SECOND, STYLE, marker, new, stored
 
 CLOCKS = {
     "step": "step",

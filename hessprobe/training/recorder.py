@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.machine.processes import ALONE, Processes, ProcessLost
-from hessprobe.probes.cross_layer import CrossLayerProbe
 from hessprobe.probes.gn_hessian import GNHessianProbe
 from hessprobe.probes.preconditioner import PreconditionerProbe
 from hessprobe.probes.probe import Probe, Row, Snapshot

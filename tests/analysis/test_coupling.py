@@ -7,14 +7,14 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import (
-    coupling,
     coupling_by_distance,
     cross_share,
     curvature_shares,
     off_block_energy,
     strongest_pairs,
 )
-from hessprobe.analysis.coupling import depths
+from hessprobe.instruments.cross_layer import answers as coupling
+from hessprobe.instruments.cross_layer.answers import depths
 
 BLOCKS = ["embedding", "block.0", "block.1", "block.2", "head"]
 

@@ -8,19 +8,19 @@ import pytest
 import xarray as xr
 from threadpoolctl import ThreadpoolController
 
-from hessprobe.analysis.answer import LEAST_FREEDOM
-from hessprobe.analysis.grouping import (
+from hessprobe.errors import UserError
+from hessprobe.instruments.cross_layer.grouping.answer import LEAST_FREEDOM
+from hessprobe.instruments.cross_layer.grouping.groupings import (
     block_importance,
     curvature_along,
     greedy_grouping,
     merge_gains,
     relative_decrease,
 )
-from hessprobe.analysis.grouping_table import grouping_table, reached_damping
-from hessprobe.analysis.sketch_space import CrossFit
-from hessprobe.analysis.sketched_solve import inner_damping
-from hessprobe.analysis.sketches import Sketches
-from hessprobe.errors import UserError
+from hessprobe.instruments.cross_layer.grouping.sketch_space import CrossFit
+from hessprobe.instruments.cross_layer.grouping.sketched_solve import inner_damping
+from hessprobe.instruments.cross_layer.grouping.sketches import Sketches
+from hessprobe.instruments.cross_layer.grouping.table import grouping_table, reached_damping
 
 BLOCKS = ("a", "b", "c", "d")
 STARTS = np.array([0, 5, 9, 16, 20])

@@ -9,8 +9,8 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import Finding
-from hessprobe.analysis.grouping_findings import grouping_findings
-from hessprobe.analysis.grouping_study import GroupingStudy, ranked_gains, study_groupings
+from hessprobe.instruments.cross_layer.grouping.findings import grouping_findings
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, ranked_gains, study_groupings
 from tests.analysis.test_grouping import table as sketched_table
 
 BLOCKS = ("embedding", "block.0", "block.1", "head")

@@ -7,8 +7,8 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import findings
+from hessprobe.instruments.cross_layer.section import cross_layer
 from hessprobe.reading.symmetry import LIMIT, asymmetric_rows, asymmetry
-from hessprobe.report.cross_layer import cross_layer
 from tests.analysis.test_coupling import table
 
 

@@ -15,14 +15,14 @@ import xarray as xr
 from scipy import stats
 from torch import Tensor
 
-from hessprobe.analysis.sketches import sketches_of
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
 from hessprobe.errors import UserError
+from hessprobe.instruments.cross_layer.grouping.sketches import sketches_of
+from hessprobe.instruments.cross_layer.measure import probe as cross_layer
+from hessprobe.instruments.cross_layer.measure.probe import DIRECTIONS, CrossLayerProbe
 from hessprobe.kernels import layer_kernels as layer_kernels_module
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
-from hessprobe.probes import cross_layer
-from hessprobe.probes.cross_layer import DIRECTIONS, CrossLayerProbe
 from hessprobe.probes.probe import Row, Snapshot
 from hessprobe.recipe import CrossLayerRecipe
 from hessprobe.store.writer import RunWriter

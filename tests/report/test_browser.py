@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from hessprobe.analysis import coupling, open_run
+from hessprobe.analysis import open_run
+from hessprobe.instruments.cross_layer import answers as coupling
 from hessprobe.report.page import write_report
 from hessprobe.report.several_runs import write_runs_report
 from tests.report.gn_hessian_runs import add_gn_hessian

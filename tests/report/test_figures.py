@@ -14,14 +14,14 @@ import xarray as xr
 from hessprobe.analysis import open_run
 from hessprobe.cli import main
 from hessprobe.errors import UserError
-from hessprobe.report.figure_set import save_figures
-from hessprobe.report.figures import (
+from hessprobe.instruments.cross_layer.figures import (
     coupling_by_distance,
     coupling_heatmap,
     cross_share_over_training,
     off_block_energy_over_training,
     save,
 )
+from hessprobe.report.figure_set import save_figures
 from hessprobe.report.training_figures import decrease_over_training, loss_curve, step_size_over_training
 from tests.report.runs import write_run
 
@@ -122,7 +122,7 @@ def quick(monkeypatch):
             path.touch()
         return paths
 
-    monkeypatch.setattr("hessprobe.report.figures.save", touched)
+    monkeypatch.setattr("hessprobe.instruments.cross_layer.figures.save", touched)
 
 
 def test_every_figure_a_run_can_give_is_drawn_and_the_others_say_why(sketched, tmp_path, quick):

@@ -17,14 +17,14 @@ import xarray as xr
 from scipy.optimize import brentq
 
 from hessprobe.analysis import findings, open_run
-from hessprobe.analysis.grouping_study import study_groupings
-from hessprobe.report.figures import save
-from hessprobe.report.grouping_figures import (
+from hessprobe.instruments.cross_layer.figures import save
+from hessprobe.instruments.cross_layer.grouping.figures import (
     grouping_curve,
     importance_over_training,
     merge_gains,
     overshoot_over_training,
 )
+from hessprobe.instruments.cross_layer.grouping.study import study_groupings
 from hessprobe.report.page import write_report
 from tests.report.runs import LAYERS, write_run
 from tests.report.test_page import finding, numbers, script_json
@@ -271,11 +271,14 @@ def test_many_blocks_give_the_ends_of_the_ranking_and_too_many_say_what_is_left_
     text = write_report(folder).read_text(encoding="utf-8")
     shown = drawn(script_json(text, "chart-data")["merge_gains"], "error_x")
     assert len(shown) == 16 and "the 12 highest and 4 lowest are drawn" in text
-    monkeypatch.setattr("hessprobe.analysis.grouping_study.SOLVES_OF_THE_LAST", 100)
+    monkeypatch.setattr("hessprobe.instruments.cross_layer.grouping.study.SOLVES_OF_THE_LAST", 100)
     text = write_report(folder).read_text(encoding="utf-8")
     charts = script_json(text, "chart-data")
     assert "merge_gains" not in charts and "importance" in charts
-    assert "the pairs of 8 blocks with 32 sketches are left to hessprobe.analysis.grouping_table" in text
+    assert (
+        "the pairs of 8 blocks with 32 sketches are left to hessprobe.instruments.cross_layer.grouping.table"
+        in text
+    )
 
 
 def test_the_figures_draw_what_the_page_does(sketched, text, tmp_path):

@@ -244,7 +244,7 @@ def test_reading_and_reporting_need_no_torch(run, tmp_path):
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path; from rich.console import Console\n"
         "from hessprobe.report.page import write_report\n"
-        "from hessprobe.report.figures import coupling_heatmap\n"
+        "from hessprobe.instruments.cross_layer.figures import coupling_heatmap\n"
         "from hessprobe.report.terminal import show\n"
         "from hessprobe.analysis import open_run\n"
         "path = Path(sys.argv[1]); write_report(path, Path(sys.argv[2]) / 'page.html')\n"

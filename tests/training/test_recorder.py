@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.probes.cross_layer import CrossLayerProbe
+from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition

@@ -24,8 +24,8 @@ import hessprobe.report.page
 import hessprobe.training.planning.plan
 import hessprobe.training.study
 from hessprobe.cli import main as command_line
+from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.machine import process_group
-from hessprobe.probes.cross_layer import CrossLayerProbe
 from hessprobe.store.rows import TableRows
 from hessprobe.training import loop
 from hessprobe.training.optimizers import FirstOrderOptimizer

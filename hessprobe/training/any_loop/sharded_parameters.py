@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from hessprobe.errors import UserError
-from hessprobe.probes.cross_layer import CrossLayerProbe
+from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.probes.probe import Probe
 
 _ELSE = "record under DistributedDataParallel, or measure a checkpoint (hessprobe probe)"

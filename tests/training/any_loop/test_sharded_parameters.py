@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hessprobe.errors import UserError
-from hessprobe.probes.cross_layer import CrossLayerProbe
+from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.probes.gn_hessian import GNHessianProbe
 from hessprobe.probes.preconditioner import PreconditionerProbe
 from hessprobe.probes.probe import Probe

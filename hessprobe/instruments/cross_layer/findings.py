@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.coupling import (
+from hessprobe.instruments.cross_layer.answers import (
     coupling_by_distance,
     cross_share,
     jacobi_radius,

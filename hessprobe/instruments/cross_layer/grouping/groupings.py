@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hessprobe.analysis.answer import Answer, answer, jackknife, objects, weakest
-from hessprobe.analysis.sketch_space import CrossFit
-from hessprobe.analysis.sketches import Sketches
+from hessprobe.instruments.cross_layer.grouping.answer import Answer, answer, jackknife, objects, weakest
+from hessprobe.instruments.cross_layer.grouping.sketch_space import CrossFit
+from hessprobe.instruments.cross_layer.grouping.sketches import Sketches
 
 
 @dataclass(frozen=True, kw_only=True)

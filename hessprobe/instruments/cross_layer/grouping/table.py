@@ -8,11 +8,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.answer import LEAST_FREEDOM, Answer
-from hessprobe.analysis.grouping import block_importance, greedy_grouping, merge_gains, relative_decrease
-from hessprobe.analysis.sketch_space import CrossFit
-from hessprobe.analysis.sketches import sketches_of
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.instruments.cross_layer.grouping.answer import LEAST_FREEDOM, Answer
+from hessprobe.instruments.cross_layer.grouping.groupings import (
+    block_importance,
+    greedy_grouping,
+    merge_gains,
+    relative_decrease,
+)
+from hessprobe.instruments.cross_layer.grouping.sketch_space import CrossFit
+from hessprobe.instruments.cross_layer.grouping.sketches import sketches_of
 from hessprobe.reading.rows import sound_rows
 
 ANSWERS = ("full_over_layerwise", "merge_gain", "importance", "curve")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hessprobe.analysis.grouping_study import GroupingStudy
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.trend import STANDARD_ERRORS, standard_errors_of_largest
 from hessprobe.reading.wording import percent

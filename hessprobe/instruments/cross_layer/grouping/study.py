@@ -11,9 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.grouping_table import ANSWERS, grouping_table, reached_damping, sketched_rows
-from hessprobe.analysis.sketches import Sketches, sketches_of
 from hessprobe.errors import UserError
+from hessprobe.instruments.cross_layer.grouping.sketches import Sketches, sketches_of
+from hessprobe.instruments.cross_layer.grouping.table import (
+    ANSWERS,
+    grouping_table,
+    reached_damping,
+    sketched_rows,
+)
 from hessprobe.reading.rows import sound_rows
 
 WANTED_DAMPING = 0.1
@@ -95,7 +100,7 @@ def study_groupings(table: xr.Dataset, damping: float | None = None) -> Grouping
         left_out=""
         if all_pairs
         else f"the pairs of {layers} blocks with {len(sketches.sequence)} sketches are left to "
-        "hessprobe.analysis.grouping_table, which would take about "
+        "hessprobe.instruments.cross_layer.grouping.table, which would take about "
         f"{layers * layers * a_group / 60_000:.0f} minutes",
     )
 

@@ -11,11 +11,20 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hessprobe.analysis.coupling import jacobi_radius
-from hessprobe.analysis.grouping_study import GroupingStudy, ranked_gains
 from hessprobe.errors import UserError
+from hessprobe.instruments.cross_layer.answers import jacobi_radius
+from hessprobe.instruments.cross_layer.figures import (
+    ACCENT,
+    COLUMN,
+    SECOND,
+    STYLE,
+    marker,
+    new,
+    short,
+    stored,
+)
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, ranked_gains
 from hessprobe.reading.rows import sound_rows
-from hessprobe.report.figures import ACCENT, COLUMN, SECOND, STYLE, marker, new, short, stored
 
 UNRESOLVED = "#999999"
 # Of many pairs, the ends of the ranking.

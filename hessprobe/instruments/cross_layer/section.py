@@ -10,15 +10,20 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis import coupling, coupling_by_distance, cross_share, curvature_shares, off_block_energy
-from hessprobe.analysis.coupling import depths
-from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
+from hessprobe.analysis import coupling_by_distance, cross_share, curvature_shares, off_block_energy
+from hessprobe.instruments.cross_layer import answers as coupling
+from hessprobe.instruments.cross_layer.answers import depths
+from hessprobe.instruments.cross_layer.grouping.charts import (
+    grouping_charts,
+    grouping_content,
+    overshoot_chart,
+)
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.pictures.charts import ACCENT, SECOND, Series, by_distance, evenly_spaced, matrix, over_steps
 from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import failed_rows, sound_rows
 from hessprobe.reading.symmetry import asymmetry
 from hessprobe.reading.wording import basis
-from hessprobe.report.grouping import grouping_charts, grouping_content, overshoot_chart
 
 # Numbers the slider can show, all steps together: 4 bytes each, a third more as base64: about 6 MB of page.
 NUMBERS_KEPT = 1_200_000

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hessprobe.analysis.sketch_space import CrossFit, Group
+from hessprobe.instruments.cross_layer.grouping.sketch_space import CrossFit, Group
 from hessprobe.reading.trend import STANDARD_ERRORS
 
 LEAST_FREEDOM = 0.25

@@ -8,8 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis.coupling import jacobi_radius
-from hessprobe.analysis.grouping_study import GroupingStudy, ranked_gains
+from hessprobe.instruments.cross_layer.answers import jacobi_radius
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, ranked_gains
 from hessprobe.pictures.charts import ACCENT, DIVERGING, SECOND, evenly_spaced, layout, shown
 from hessprobe.reading.rows import sound_rows
 

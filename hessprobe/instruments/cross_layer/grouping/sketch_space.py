@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from hessprobe.analysis.sketched_solve import Part, coefficients, least_damping
-from hessprobe.analysis.sketches import Sketches
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.instruments.cross_layer.grouping.sketched_solve import Part, coefficients, least_damping
+from hessprobe.instruments.cross_layer.grouping.sketches import Sketches
 
 Group = tuple[int, ...]
 STRUCTURES = ("layerwise", "full")
