@@ -7,9 +7,6 @@ all that a report says, `grouping_table(table, damping=...)` for every measured 
 
 from __future__ import annotations
 
-from hessprobe.analysis.discrepancy import block_gap, curvature_ratio, gn_gap, residual_by_block
-from hessprobe.analysis.discrepancy_ladder import ladder
-from hessprobe.analysis.discrepancy_spectrum import negative_curvature, smoothed_density
 from hessprobe.analysis.findings import findings
 from hessprobe.analysis.preconditioner import (
     decreases,
@@ -42,6 +39,9 @@ from hessprobe.instruments.cross_layer.grouping.sketch_space import CrossFit
 from hessprobe.instruments.cross_layer.grouping.sketches import Sketches, sketches_of
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, ranked_gains, study_groupings
 from hessprobe.instruments.cross_layer.grouping.table import grouping_table, reached_damping
+from hessprobe.instruments.gn_hessian.answers import block_gap, curvature_ratio, gn_gap, residual_by_block
+from hessprobe.instruments.gn_hessian.ladder import ladder
+from hessprobe.instruments.gn_hessian.spectrum import negative_curvature, smoothed_density
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.trend import Trend, trend

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from hessprobe.instruments.gn_hessian.table import MATRICES
 from hessprobe.optimization.report import StepReport
-from hessprobe.probes.gn_hessian_table import MATRICES
 from hessprobe.probes.probe import Row
 from hessprobe.training.recorder import Measurement
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
+from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
 from hessprobe.machine.processes import ALONE, Processes, ProcessLost
-from hessprobe.probes.gn_hessian import GNHessianProbe
 from hessprobe.probes.preconditioner import PreconditionerProbe
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition

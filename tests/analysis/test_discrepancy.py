@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import open_run
-from hessprobe.analysis.discrepancy import (
+from hessprobe.instruments.gn_hessian.answers import (
     block_gap,
     curvature_ratio,
     errors_to_claim,
@@ -17,8 +17,8 @@ from hessprobe.analysis.discrepancy import (
     residual_by_block,
     traces,
 )
-from hessprobe.analysis.discrepancy_ladder import full_length, ladder
-from hessprobe.analysis.discrepancy_spectrum import extremes, negative_curvature, smoothed_density
+from hessprobe.instruments.gn_hessian.ladder import full_length, ladder
+from hessprobe.instruments.gn_hessian.spectrum import extremes, negative_curvature, smoothed_density
 from tests.report.gn_hessian_runs import STEPS, Truth, nodes, write_gn_run
 
 ALL = (gn_gap, block_gap, residual_by_block, traces, curvature_ratio, extremes, negative_curvature, ladder)

@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import Finding, findings, open_run
-from hessprobe.analysis.discrepancy_findings import discrepancy_findings, discrepancy_trends
+from hessprobe.instruments.gn_hessian.findings import discrepancy_findings, discrepancy_trends
 from tests.report.gn_hessian_runs import Truth, write_gn_run
 
 

@@ -17,8 +17,8 @@ from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
 from hessprobe.curvature.residual import Residual
 from hessprobe.errors import UserError
-from hessprobe.probes.gn_hessian import GNHessianProbe
-from hessprobe.probes.gn_hessian_table import DIRECTIONS, LADDER_DIRECTIONS, MATRICES, MODELS
+from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
+from hessprobe.instruments.gn_hessian.table import DIRECTIONS, LADDER_DIRECTIONS, MATRICES, MODELS
 from hessprobe.probes.probe import Row, Snapshot
 from hessprobe.recipe import GNHessianRecipe, PreconditionerRecipe, Recipe
 from hessprobe.store.writer import RunWriter

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import RunFailed, UserError
-from hessprobe.probes import gn_hessian_traces
-from hessprobe.probes.gn_hessian_traces import COST, ROUNDS, KernelTraces, TraceKernels
+from hessprobe.instruments.gn_hessian.measure import traces as gn_hessian_traces
+from hessprobe.instruments.gn_hessian.measure.traces import COST, ROUNDS, KernelTraces, TraceKernels
 from hessprobe.probes.probe import Snapshot
 from tests.models import seeded
 from tests.probes.test_gn_hessian import case_of, probe, snapshot_of, truths

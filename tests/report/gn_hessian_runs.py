@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hessprobe.probes.gn_hessian_table import gn_hessian_table
+from hessprobe.instruments.gn_hessian.table import gn_hessian_table
 from hessprobe.recipe import GNHessianRecipe
 from hessprobe.store.writer import RunWriter
 from tests.report.runs import LAYERS, write_run

@@ -10,7 +10,7 @@ from torch import nn
 
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
-from hessprobe.probes.gn_hessian import GNHessianProbe
+from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
 from hessprobe.probes.preconditioner import PreconditionerProbe
 from hessprobe.probes.probe import Probe
 from hessprobe.recipe import CrossLayerRecipe, GNHessianRecipe, PreconditionerRecipe

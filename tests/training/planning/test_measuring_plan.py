@@ -12,8 +12,8 @@ import pytest
 from hessprobe.cli import main
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
+from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
 from hessprobe.models.transformer import Decoder
-from hessprobe.probes.gn_hessian import GNHessianProbe
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe, build_recipe, read_recipe
 from hessprobe.training.planning.estimate import cost, pass_memory

@@ -20,11 +20,11 @@ from hessprobe.curvature.residual import Residual
 from hessprobe.estimation.density import SpectralDensity, spectral_density, starts_at_once
 from hessprobe.estimation.sampling import rademacher
 from hessprobe.estimation.shared_probes import SharedProbes, probes_at_once, shared_probes
+from hessprobe.instruments.gn_hessian.measure.rows import ladder_rows, node_rows, norm_rows, spectrum_rows
+from hessprobe.instruments.gn_hessian.measure.traces import COST, ROUNDS, KernelTraces, TraceKernels
+from hessprobe.instruments.gn_hessian.table import DIRECTIONS, LADDER_DIRECTIONS, MATRICES, gn_hessian_table
 from hessprobe.optimization.conjugate_gradient import Solution, conjugate_gradient
 from hessprobe.optimization.model_ladder import model_ladder
-from hessprobe.probes.gn_hessian_rows import ladder_rows, node_rows, norm_rows, spectrum_rows
-from hessprobe.probes.gn_hessian_table import DIRECTIONS, LADDER_DIRECTIONS, MATRICES, gn_hessian_table
-from hessprobe.probes.gn_hessian_traces import COST, ROUNDS, KernelTraces, TraceKernels
 from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import GNHessianRecipe

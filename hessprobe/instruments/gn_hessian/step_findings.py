@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.discrepancy import GAUSS_NEWTON, curvature_ratio, measured
-from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION, full_length, ladder
+from hessprobe.instruments.gn_hessian.answers import GAUSS_NEWTON, curvature_ratio, measured
+from hessprobe.instruments.gn_hessian.ladder import BEYOND, LINEARISATION, full_length, ladder
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.wording import basis, counted, percent, plus_minus
 

@@ -14,18 +14,6 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from hessprobe.analysis.discrepancy import (
-    GAUSS_NEWTON,
-    HESSIAN,
-    MATRICES,
-    RESIDUAL,
-    block_gap,
-    curvature_ratio,
-    gn_gap,
-)
-from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION, ladder
-from hessprobe.analysis.discrepancy_spectrum import extremes, smoothed_density
-from hessprobe.analysis.discrepancy_step_findings import ALONG
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.figures import (
     ACCENT,
@@ -38,8 +26,20 @@ from hessprobe.instruments.cross_layer.figures import (
     short,
     stored,
 )
+from hessprobe.instruments.gn_hessian.answers import (
+    GAUSS_NEWTON,
+    HESSIAN,
+    MATRICES,
+    RESIDUAL,
+    block_gap,
+    curvature_ratio,
+    gn_gap,
+)
+from hessprobe.instruments.gn_hessian.charts import scale_end
+from hessprobe.instruments.gn_hessian.ladder import BEYOND, LINEARISATION, ladder
+from hessprobe.instruments.gn_hessian.spectrum import extremes, smoothed_density
+from hessprobe.instruments.gn_hessian.step_findings import ALONG
 from hessprobe.reading.rows import sound_rows
-from hessprobe.report.discrepancy_charts import scale_end
 
 TABLE = "gn_hessian"
 GREY = "#777777"

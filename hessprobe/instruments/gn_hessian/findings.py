@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.discrepancy import (
+from hessprobe.instruments.gn_hessian.answers import (
     GAUSS_NEWTON,
     HESSIAN,
     RESIDUAL,
@@ -15,8 +15,8 @@ from hessprobe.analysis.discrepancy import (
     gn_gap,
     traces,
 )
-from hessprobe.analysis.discrepancy_spectrum import ROUND_OFF, extremes, negative_curvature
-from hessprobe.analysis.discrepancy_step_findings import (
+from hessprobe.instruments.gn_hessian.spectrum import ROUND_OFF, extremes, negative_curvature
+from hessprobe.instruments.gn_hessian.step_findings import (
     error_of,
     model_error_of_step,
     model_error_of_update,

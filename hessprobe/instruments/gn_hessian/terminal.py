@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hessprobe.analysis.discrepancy import (
+from hessprobe.instruments.gn_hessian.answers import (
     GAUSS_NEWTON,
     HESSIAN,
     block_gap,
@@ -17,9 +17,9 @@ from hessprobe.analysis.discrepancy import (
     measured,
     traces,
 )
-from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION, full_length, ladder
-from hessprobe.analysis.discrepancy_spectrum import extremes
-from hessprobe.analysis.discrepancy_step_findings import ALONG
+from hessprobe.instruments.gn_hessian.ladder import BEYOND, LINEARISATION, full_length, ladder
+from hessprobe.instruments.gn_hessian.spectrum import extremes
+from hessprobe.instruments.gn_hessian.step_findings import ALONG
 from hessprobe.reading.wording import basis, percent, plus_minus
 
 

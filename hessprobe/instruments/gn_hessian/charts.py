@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 import xarray as xr
 from plotly.colors import sequential
 
-from hessprobe.analysis.discrepancy import GAUSS_NEWTON, HESSIAN, MATRICES, RESIDUAL
-from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION
+from hessprobe.instruments.gn_hessian.answers import GAUSS_NEWTON, HESSIAN, MATRICES, RESIDUAL
+from hessprobe.instruments.gn_hessian.ladder import BEYOND, LINEARISATION
 from hessprobe.pictures.charts import SECOND, Series, evenly_spaced, layout, over_steps, shown
 
 INK = "var(--ink)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hessprobe.errors import unknown_name
-from hessprobe.probes.gn_hessian_traces import ROUNDS
+from hessprobe.instruments.gn_hessian.measure.traces import ROUNDS
 from hessprobe.recipe import GNHessianRecipe
 from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, declared, of_quantity
 

@@ -9,7 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis.discrepancy import (
+from hessprobe.instruments.gn_hessian import charts as charts_of
+from hessprobe.instruments.gn_hessian.answers import (
     GAUSS_NEWTON,
     HESSIAN,
     block_gap,
@@ -19,14 +20,13 @@ from hessprobe.analysis.discrepancy import (
     residual_by_block,
     traces,
 )
-from hessprobe.analysis.discrepancy_ladder import BEYOND, LINEARISATION, full_length, ladder
-from hessprobe.analysis.discrepancy_spectrum import extremes, negative_curvature, smoothed_density
+from hessprobe.instruments.gn_hessian.ladder import BEYOND, LINEARISATION, full_length, ladder
+from hessprobe.instruments.gn_hessian.spectrum import extremes, negative_curvature, smoothed_density
 from hessprobe.pictures.charts import evenly_spaced
 from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import failed_rows, sound_rows
 from hessprobe.reading.symmetry import asymmetry
 from hessprobe.reading.wording import basis
-from hessprobe.report import discrepancy_charts as charts_of
 
 # Any of these makes a row worth a page.
 ASKED = ("gn_gap", "ritz_value", "direction_curvature", "change", "block_gn_gap", "trace")
