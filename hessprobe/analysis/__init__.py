@@ -8,14 +8,6 @@ all that a report says, `grouping_table(table, damping=...)` for every measured 
 from __future__ import annotations
 
 from hessprobe.analysis.findings import findings
-from hessprobe.analysis.preconditioner import (
-    decreases,
-    efficiency,
-    preconditioner_rows,
-    scoreboard,
-)
-from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps
-from hessprobe.analysis.preconditioner_ratio import cross_layer_pays, decrease_ratios
 from hessprobe.analysis.training import TrainingSummary, loss_curve, measuring_costs, summarize_training
 from hessprobe.instruments.cross_layer.answers import (
     coupling,
@@ -42,6 +34,14 @@ from hessprobe.instruments.cross_layer.grouping.table import grouping_table, rea
 from hessprobe.instruments.gn_hessian.answers import block_gap, curvature_ratio, gn_gap, residual_by_block
 from hessprobe.instruments.gn_hessian.ladder import ladder
 from hessprobe.instruments.gn_hessian.spectrum import negative_curvature, smoothed_density
+from hessprobe.instruments.preconditioner.answers import (
+    decreases,
+    efficiency,
+    preconditioner_rows,
+    scoreboard,
+)
+from hessprobe.instruments.preconditioner.blocks import block_losses, block_steps
+from hessprobe.instruments.preconditioner.decrease_ratios import cross_layer_pays, decrease_ratios
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.trend import Trend, trend

@@ -15,8 +15,8 @@ from hessprobe.instruments.cross_layer import figures
 from hessprobe.instruments.cross_layer.grouping import figures as grouping_figures
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
+from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
 from hessprobe.report import training_figures
-from hessprobe.report.preconditioner_figures import preconditioner_drawings
 
 Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray]]
 

@@ -23,9 +23,9 @@ from hessprobe.analysis import Finding, findings, load_run
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.instruments.cross_layer.section import cross_layer
 from hessprobe.instruments.gn_hessian.section import gn_hessian
+from hessprobe.instruments.preconditioner.section import preconditioner
 from hessprobe.pictures.section import Section
 from hessprobe.reading.wording import percent, plus_minus
-from hessprobe.report.preconditioner import preconditioner
 from hessprobe.report.provenance import provenance, said_time
 from hessprobe.report.summary import findings_json, summary_markdown
 from hessprobe.report.training import costs, training

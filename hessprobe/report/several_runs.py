@@ -16,13 +16,13 @@ from hessprobe.instruments.cross_layer.several import (
     stored_line,
 )
 from hessprobe.instruments.gn_hessian.several import several_gn_hessian
+from hessprobe.instruments.preconditioner.several import several_preconditioner
 from hessprobe.pictures.charts import over_steps
 from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import counted
 from hessprobe.report.page import PAGE, render_page, write_page
 from hessprobe.report.provenance import decoded, flat, said_setting, said_time
-from hessprobe.report.several_preconditioner import several_preconditioner
 from hessprobe.report.summary import findings_json, summary_markdown
 from hessprobe.report.training_charts import by_clock
 

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hessprobe.instruments.gn_hessian.table import MATRICES
+from hessprobe.instruments.snapshot import Row
 from hessprobe.optimization.report import StepReport
-from hessprobe.probes.probe import Row
 from hessprobe.training.recorder import Measurement
 
 ACCENT = "cyan"

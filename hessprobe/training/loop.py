@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.machine.process_group import own_device
 from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.running import RunningOptimizer, running_optimizer
-from hessprobe.probes.probe import Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe

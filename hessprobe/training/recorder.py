@@ -15,9 +15,9 @@ import torch
 
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
+from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
+from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.machine.processes import ALONE, Processes, ProcessLost
-from hessprobe.probes.preconditioner import PreconditionerProbe
-from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
 from hessprobe.schema.table import CHECK_VARIABLES, Table

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from hessprobe.probes.probe import Probe
+from hessprobe.instruments.snapshot import Probe
 from hessprobe.problem.objective import Batch
 from hessprobe.recipe import Recipe
 from hessprobe.text.corpus import Corpus

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.models.transformer import Decoder, DecoderConfig
-from hessprobe.probes.probe import Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import build_recipe

@@ -21,8 +21,8 @@ from hessprobe.analysis import (
     preconditioner_rows,
     scoreboard,
 )
-from hessprobe.analysis.preconditioner_findings import preconditioner_findings
-from hessprobe.analysis.preconditioner_ratio import closest, combine
+from hessprobe.instruments.preconditioner.decrease_ratios import closest, combine
+from hessprobe.instruments.preconditioner.findings import preconditioner_findings
 from tests.report.preconditioner_runs import RECIPE, write_preconditioner_run
 
 LAYERWISE, FULL = "layerwise_gn", "full_gn"

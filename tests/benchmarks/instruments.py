@@ -33,9 +33,9 @@ import hessprobe as hp
 from hessprobe.curvature.residual import Residual
 from hessprobe.estimation.sampling import Estimate, rademacher
 from hessprobe.estimation.shared_probes import shared_probes
+from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.kernels.verification import verified_plan
 from hessprobe.models.transformer import SIZES, Decoder, DecoderConfig
-from hessprobe.probes.probe import Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
-from hessprobe.probes.probe import Snapshot
+from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import CrossLayerRecipe

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hessprobe.probes.probe import Snapshot
+from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models

@@ -21,9 +21,9 @@ from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.grouping.sketches import sketches_of
 from hessprobe.instruments.cross_layer.measure import probe as cross_layer
 from hessprobe.instruments.cross_layer.measure.probe import DIRECTIONS, CrossLayerProbe
+from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.kernels import layer_kernels as layer_kernels_module
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
-from hessprobe.probes.probe import Row, Snapshot
 from hessprobe.recipe import CrossLayerRecipe
 from hessprobe.store.writer import RunWriter
 from hessprobe.training.recorder import ProbeRecorder

@@ -19,7 +19,7 @@ from hessprobe.curvature.residual import Residual
 from hessprobe.errors import UserError
 from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
 from hessprobe.instruments.gn_hessian.table import DIRECTIONS, LADDER_DIRECTIONS, MATRICES, MODELS
-from hessprobe.probes.probe import Row, Snapshot
+from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.recipe import GNHessianRecipe, PreconditionerRecipe, Recipe
 from hessprobe.store.writer import RunWriter
 from hessprobe.training.recorder import ProbeRecorder, build_probes

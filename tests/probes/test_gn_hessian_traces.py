@@ -12,7 +12,7 @@ from torch import Tensor
 from hessprobe.errors import RunFailed, UserError
 from hessprobe.instruments.gn_hessian.measure import traces as gn_hessian_traces
 from hessprobe.instruments.gn_hessian.measure.traces import COST, ROUNDS, KernelTraces, TraceKernels
-from hessprobe.probes.probe import Snapshot
+from hessprobe.instruments.snapshot import Snapshot
 from tests.models import seeded
 from tests.probes.test_gn_hessian import case_of, probe, snapshot_of, truths
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
+from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.optimization.directions import BUILT, directions
 from hessprobe.optimization.place import Place
-from hessprobe.probes.preconditioner import PreconditionerProbe
-from hessprobe.probes.probe import Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import PreconditionerRecipe
 from tests.probes.preconditioner_truth import Dense, Truth, problem, snapshot_of

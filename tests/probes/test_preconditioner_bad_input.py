@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
-from hessprobe.probes import preconditioner_site
-from hessprobe.probes.preconditioner import PreconditionerProbe
-from hessprobe.probes.probe import Row, Snapshot
+from hessprobe.instruments.preconditioner.measure import site as preconditioner_site
+from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
+from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import PreconditionerRecipe
@@ -87,8 +87,8 @@ def test_a_candidate_that_fails_says_why_and_the_others_stand(which):
 
 
 def test_an_inverse_that_is_not_positive_definite_leaves_the_rest_of_the_candidate(monkeypatch):
+    from hessprobe.instruments.preconditioner.measure import candidates as preconditioner_candidates
     from hessprobe.optimization.place import Direction
-    from hessprobe.probes import preconditioner_candidates
 
     monkeypatch.setattr(
         preconditioner_candidates,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hessprobe.probes.preconditioner_table import preconditioner_table
+from hessprobe.instruments.preconditioner.table import preconditioner_table
 from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.store.writer import RunWriter
 from tests.report.runs import LAYERS, attributes, train_row, train_table

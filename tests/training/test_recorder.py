@@ -13,7 +13,7 @@ import torch
 
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
-from hessprobe.probes.probe import Probe, Row, Snapshot
+from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import build_recipe

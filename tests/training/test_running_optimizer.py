@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.optimization.baselines import FirstOrderOptimizer
 from hessprobe.optimization.directions import Place, directions
 from hessprobe.optimization.gauss_newton import GaussNewton
 from hessprobe.optimization.running import running_optimizer
-from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hessprobe.errors import UserError, unknown_name
-from hessprobe.probes.probe import Probe
+from hessprobe.instruments.snapshot import Probe
 from hessprobe.problem.partition import PARTITIONS
 from hessprobe.recipe import build_recipe
 from hessprobe.training.probe_schedule import Every, Schedule, schedule_of

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError
+from hessprobe.instruments.snapshot import Probe, Snapshot
 from hessprobe.machine.processes import ProcessLost
 from hessprobe.optimization.running import RunningOptimizer
-from hessprobe.probes.probe import Probe, Snapshot
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.row_checks import UNCHECKED, Checked, RowChecks

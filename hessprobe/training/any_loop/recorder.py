@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from hessprobe.errors import UserError
+from hessprobe.instruments.snapshot import Probe
 from hessprobe.machine.processes import Processes, ProcessLost
-from hessprobe.probes.probe import Probe
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.training.any_loop.chosen_probes import Chosen, ChosenProbes, choose

@@ -8,7 +8,7 @@ from torch import nn
 
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
-from hessprobe.probes.probe import Probe
+from hessprobe.instruments.snapshot import Probe
 
 _ELSE = "record under DistributedDataParallel, or measure a checkpoint (hessprobe probe)"
 

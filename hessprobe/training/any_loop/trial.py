@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hessprobe.probes.probe import Probe
+from hessprobe.instruments.snapshot import Probe
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.training.probe_schedule import Every, Schedule

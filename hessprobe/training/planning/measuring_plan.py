@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hessprobe.curvature.model_operator import DEFAULT_MEMORY
+from hessprobe.instruments.snapshot import Probe
 from hessprobe.models.transformer import Decoder
-from hessprobe.probes.probe import Probe
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
 from hessprobe.training.planning.estimate import FLOAT, cost, pass_memory, said_bytes

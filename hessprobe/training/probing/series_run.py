@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from hessprobe.errors import RunFailed, UserError
-from hessprobe.probes.probe import Probe, Snapshot
+from hessprobe.instruments.snapshot import Probe, Snapshot
 from hessprobe.problem.batches import pieces_of
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from hessprobe.errors import UserError
+from hessprobe.instruments.snapshot import Probe, Snapshot
 from hessprobe.machine.memory import is_out_of_memory
-from hessprobe.probes.probe import Probe, Snapshot
 from hessprobe.recipe import build_recipe
 from hessprobe.training.recorder import build_probes, peak_memory, reset_peak_memory
 from hessprobe.validation.figures import Figure, check, failure, measured, skipped

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 import hessprobe as hp
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
-from hessprobe.probes.probe import Probe, Row, Snapshot
+from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import CrossLayerRecipe

@@ -23,9 +23,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from hessprobe.errors import UserError
+from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.models.transformer import Decoder, DecoderConfig
-from hessprobe.probes.probe import Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.store.writer import RunWriter
 from hessprobe.training.any_loop import meeting

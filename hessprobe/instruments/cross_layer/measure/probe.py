@@ -27,11 +27,11 @@ from hessprobe.estimation.block_norms import (
 )
 from hessprobe.estimation.sampling import Estimate, log_interval
 from hessprobe.instruments.cross_layer.table import DIRECTIONS, cross_layer_table, sketches
+from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.stream import DEFAULT_MEMORY as KERNELS_MEMORY
 from hessprobe.kernels.verification import verified_plan
-from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import is_sharded
 from hessprobe.recipe import CrossLayerRecipe

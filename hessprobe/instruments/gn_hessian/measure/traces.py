@@ -12,10 +12,10 @@ import torch
 
 from hessprobe.errors import RunFailed
 from hessprobe.estimation.sampling import Estimate
+from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.verification import tokens_of, verified_plan
-from hessprobe.probes.probe import Snapshot
 
 ROUNDS = 4
 COST = (1 + 2 * ROUNDS) / 3  # gradients of the batch, where every parameter has a fast path

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.preconditioner import UPDATE, practical
-from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps, damping_of
-from hessprobe.analysis.preconditioner_ratio import closest
+from hessprobe.instruments.preconditioner.answers import UPDATE, practical
+from hessprobe.instruments.preconditioner.blocks import block_losses, block_steps, damping_of
+from hessprobe.instruments.preconditioner.decrease_ratios import closest
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.trend import STANDARD_ERRORS
 from hessprobe.reading.wording import counted, percent, plus_minus

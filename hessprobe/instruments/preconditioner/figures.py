@@ -15,9 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from hessprobe.analysis.preconditioner import LAYERWISE, efficiency, preconditioner_rows, scoreboard
-from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps
-from hessprobe.analysis.preconditioner_ratio import cross_layer_pays, decrease_ratios
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.figures import (
     ACCENT,
@@ -30,6 +27,14 @@ from hessprobe.instruments.cross_layer.figures import (
     short,
     stored,
 )
+from hessprobe.instruments.preconditioner.answers import (
+    LAYERWISE,
+    efficiency,
+    preconditioner_rows,
+    scoreboard,
+)
+from hessprobe.instruments.preconditioner.blocks import block_losses, block_steps
+from hessprobe.instruments.preconditioner.decrease_ratios import cross_layer_pays, decrease_ratios
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5d656d")
 DASHES = ("-", "--", ":")

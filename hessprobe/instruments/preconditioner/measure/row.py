@@ -9,8 +9,8 @@ import numpy as np
 
 from hessprobe.errors import UserError
 from hessprobe.estimation.conditioning import Conditioning
-from hessprobe.probes.preconditioner_candidates import Answer
-from hessprobe.probes.preconditioner_site import Judged, Site, jackknife_stderr
+from hessprobe.instruments.preconditioner.measure.candidates import Answer
+from hessprobe.instruments.preconditioner.measure.site import Judged, Site, jackknife_stderr
 from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
 

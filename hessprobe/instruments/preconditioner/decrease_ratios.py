@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.preconditioner import FULL, JUDGED, LAYERWISE, decreases, preconditioner_rows
+from hessprobe.instruments.preconditioner.answers import (
+    FULL,
+    JUDGED,
+    LAYERWISE,
+    decreases,
+    preconditioner_rows,
+)
 from hessprobe.reading.trend import STANDARD_ERRORS
 
 

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hessprobe.analysis.preconditioner import preconditioner_rows, scoreboard
-from hessprobe.analysis.preconditioner_ratio import cross_layer_pays
+from hessprobe.instruments.preconditioner.answers import preconditioner_rows, scoreboard
+from hessprobe.instruments.preconditioner.decrease_ratios import cross_layer_pays
 from hessprobe.reading.wording import percent, plus_minus
 
 

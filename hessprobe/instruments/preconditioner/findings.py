@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.preconditioner import (
+from hessprobe.instruments.preconditioner.answers import (
     FULL,
     LAYERWISE,
     UPDATE,
@@ -13,14 +13,14 @@ from hessprobe.analysis.preconditioner import (
     practical,
     preconditioner_rows,
 )
-from hessprobe.analysis.preconditioner_block_findings import (
+from hessprobe.instruments.preconditioner.block_findings import (
     basis_of,
     error_of,
     largest_residual,
     loses_most,
     step_sizes,
 )
-from hessprobe.analysis.preconditioner_ratio import closest, cross_layer_pays, decrease_ratios
+from hessprobe.instruments.preconditioner.decrease_ratios import closest, cross_layer_pays, decrease_ratios
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.trend import STANDARD_ERRORS, trend
 from hessprobe.reading.wording import counted, percent, plus_minus

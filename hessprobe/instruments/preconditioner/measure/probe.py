@@ -11,12 +11,17 @@ from collections.abc import Mapping
 
 from hessprobe.estimation.block_norms import symmetry_gap
 from hessprobe.estimation.conditioning import conditioning
-from hessprobe.probes.preconditioner_batches import SharedOut
-from hessprobe.probes.preconditioner_candidates import MOST_GRADIENTS, Answer, Candidate, Candidates
-from hessprobe.probes.preconditioner_row import PreconditionerRow
-from hessprobe.probes.preconditioner_site import Site, product_cost
-from hessprobe.probes.preconditioner_table import preconditioner_table
-from hessprobe.probes.probe import Probe, Row, Snapshot
+from hessprobe.instruments.preconditioner.measure.batches import SharedOut
+from hessprobe.instruments.preconditioner.measure.candidates import (
+    MOST_GRADIENTS,
+    Answer,
+    Candidate,
+    Candidates,
+)
+from hessprobe.instruments.preconditioner.measure.row import PreconditionerRow
+from hessprobe.instruments.preconditioner.measure.site import Site, product_cost
+from hessprobe.instruments.preconditioner.table import preconditioner_table
+from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.problem.batches import Batch
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import PreconditionerRecipe

@@ -9,7 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis.preconditioner import (
+from hessprobe.instruments.preconditioner import charts as charts_of
+from hessprobe.instruments.preconditioner.answers import (
     FULL,
     LAYERWISE,
     candidate_failures,
@@ -17,15 +18,14 @@ from hessprobe.analysis.preconditioner import (
     preconditioner_rows,
     scoreboard,
 )
-from hessprobe.analysis.preconditioner_block_findings import largest_residual
-from hessprobe.analysis.preconditioner_blocks import block_losses, block_steps, damping_of
-from hessprobe.analysis.preconditioner_findings import LOOSE
-from hessprobe.analysis.preconditioner_ratio import cross_layer_pays, decrease_ratios
+from hessprobe.instruments.preconditioner.block_findings import largest_residual
+from hessprobe.instruments.preconditioner.blocks import block_losses, block_steps, damping_of
+from hessprobe.instruments.preconditioner.decrease_ratios import cross_layer_pays, decrease_ratios
+from hessprobe.instruments.preconditioner.findings import LOOSE
 from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import failed_rows
 from hessprobe.reading.symmetry import asymmetry
 from hessprobe.reading.trend import STANDARD_ERRORS
-from hessprobe.report import preconditioner_charts as charts_of
 
 
 def preconditioner(run: xr.DataTree) -> Section:
