@@ -8,7 +8,6 @@ all that a report says, `grouping_table(table, damping=...)` for every measured 
 from __future__ import annotations
 
 from hessprobe.analysis.findings import findings
-from hessprobe.analysis.training import TrainingSummary, loss_curve, measuring_costs, summarize_training
 from hessprobe.instruments.cross_layer.answers import (
     coupling,
     coupling_by_distance,
@@ -42,6 +41,12 @@ from hessprobe.instruments.preconditioner.answers import (
 )
 from hessprobe.instruments.preconditioner.blocks import block_losses, block_steps
 from hessprobe.instruments.preconditioner.decrease_ratios import cross_layer_pays, decrease_ratios
+from hessprobe.instruments.train.answers import (
+    TrainingSummary,
+    loss_curve,
+    measuring_costs,
+    summarize_training,
+)
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.trend import Trend, trend

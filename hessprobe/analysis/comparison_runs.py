@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.training import CLOCKS
 from hessprobe.errors import UserError
+from hessprobe.instruments.train.answers import CLOCKS
 from hessprobe.reading.rows import sound_rows
 from hessprobe.store.log import LOG
 from hessprobe.store.reader import open_run

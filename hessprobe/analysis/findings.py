@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.training import measuring_costs, summarize_training
 from hessprobe.instruments.cross_layer.findings import cross_layer_findings, cross_layer_trends
 from hessprobe.instruments.cross_layer.grouping.findings import grouping_findings
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.instruments.gn_hessian.findings import discrepancy_findings, discrepancy_trends
 from hessprobe.instruments.preconditioner.findings import preconditioner_findings
+from hessprobe.instruments.train.answers import measuring_costs, summarize_training
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.symmetry import symmetry_findings
 from hessprobe.reading.wording import counted, percent

@@ -16,7 +16,7 @@ from hessprobe.instruments.cross_layer.grouping import figures as grouping_figur
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
 from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
-from hessprobe.report import training_figures
+from hessprobe.instruments.train import figures as training_figures
 
 Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray]]
 

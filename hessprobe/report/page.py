@@ -24,11 +24,11 @@ from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, stud
 from hessprobe.instruments.cross_layer.section import cross_layer
 from hessprobe.instruments.gn_hessian.section import gn_hessian
 from hessprobe.instruments.preconditioner.section import preconditioner
+from hessprobe.instruments.train.section import costs, training
 from hessprobe.pictures.section import Section
 from hessprobe.reading.wording import percent, plus_minus
 from hessprobe.report.provenance import provenance, said_time
 from hessprobe.report.summary import findings_json, summary_markdown
-from hessprobe.report.training import costs, training
 
 PAGE = "report.html"
 # In reading order. A later table adds its builder here and a template of the same name.

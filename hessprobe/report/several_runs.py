@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hessprobe.analysis.several_runs import Beside, differences, runs_beside
-from hessprobe.analysis.training import measuring_costs, summarize_training
 from hessprobe.instruments.cross_layer.several import (
     cross_layer_charts,
     last_coupling,
@@ -17,6 +16,8 @@ from hessprobe.instruments.cross_layer.several import (
 )
 from hessprobe.instruments.gn_hessian.several import several_gn_hessian
 from hessprobe.instruments.preconditioner.several import several_preconditioner
+from hessprobe.instruments.train.answers import measuring_costs, summarize_training
+from hessprobe.instruments.train.charts import by_clock
 from hessprobe.pictures.charts import over_steps
 from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import sound_rows
@@ -24,7 +25,6 @@ from hessprobe.reading.wording import counted
 from hessprobe.report.page import PAGE, render_page, write_page
 from hessprobe.report.provenance import decoded, flat, said_setting, said_time
 from hessprobe.report.summary import findings_json, summary_markdown
-from hessprobe.report.training_charts import by_clock
 
 
 def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hessprobe.instruments.snapshot import Snapshot
+from hessprobe.instruments.train.table import Totals, train_row, train_table
 from hessprobe.machine.process_group import own_device
 from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.optimization.report import StepReport
@@ -28,7 +29,6 @@ from hessprobe.training.outputs import Outputs, open_outputs
 from hessprobe.training.recorder import ProbeRecorder, build_probes, peak_memory
 from hessprobe.training.run_data import RunData
 from hessprobe.training.setup import build_model, check_same_text, check_shares, open_corpus, start_log
-from hessprobe.training.train_table import Totals, train_row, train_table
 
 
 def train(recipe: Recipe, folder: Path, *, resume: bool = False, processes: Processes = ALONE) -> RunEnd:

@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import loss_curve, measuring_costs, open_run, summarize_training
-from hessprobe.analysis.training import decrease_ratio, step_outcomes
+from hessprobe.instruments.train.answers import decrease_ratio, step_outcomes
 from tests.report.runs import write_run
 
 

@@ -21,8 +21,8 @@ from hessprobe.instruments.cross_layer.figures import (
     off_block_energy_over_training,
     save,
 )
+from hessprobe.instruments.train.figures import decrease_over_training, loss_curve, step_size_over_training
 from hessprobe.report.figure_set import save_figures
-from hessprobe.report.training_figures import decrease_over_training, loss_curve, step_size_over_training
 from tests.report.runs import write_run
 
 SCRIPT = Path(__file__).parents[2] / "analyses" / "cross_layer_importance.py"

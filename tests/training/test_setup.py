@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hessprobe.errors import UserError
+from hessprobe.instruments.train.table import Totals, train_row, train_table
 from hessprobe.optimization.baselines import FirstOrderOptimizer
 from hessprobe.optimization.gauss_newton import GaussNewton
 from hessprobe.optimization.inner_problem import GaussNewtonSettings
@@ -25,7 +26,6 @@ from hessprobe.training.optimizers import (
     learning_rate,
 )
 from hessprobe.training.setup import build_model, decoder_config, pick_device
-from hessprobe.training.train_table import Totals, train_row, train_table
 from tests.training.runs import attributes, recipe, text_file
 from tests.training.test_console import report
 

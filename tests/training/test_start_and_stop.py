@@ -11,7 +11,7 @@ import torch
 
 from hessprobe.analysis import load_run
 from hessprobe.errors import UserError
-from hessprobe.report.training import training as training_section
+from hessprobe.instruments.train.section import training as training_section
 from hessprobe.text.corpus import Corpus
 from hessprobe.training import loop
 from hessprobe.training.checkpoint import load_start

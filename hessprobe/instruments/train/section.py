@@ -12,12 +12,12 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from hessprobe.analysis import loss_curve, measuring_costs, summarize_training
-from hessprobe.analysis.training import decrease_ratio, step_outcomes
+from hessprobe.instruments.train.answers import decrease_ratio, step_outcomes
+from hessprobe.instruments.train.charts import by_clock
 from hessprobe.pictures.charts import ACCENT, SECOND, Series, over_steps
 from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import failed_rows, sound_rows
 from hessprobe.report.provenance import decoded
-from hessprobe.report.training_charts import by_clock
 
 
 def training(run: xr.DataTree) -> Section:
