@@ -215,19 +215,19 @@ def compare(
     """Say how many steps, tokens, seconds and gradients each method needs to reach a loss."""
     from rich.console import Console
 
-    from hessprobe.analysis.comparison import compare as compared
-    from hessprobe.report.comparison_terminal import show_comparison
+    from hessprobe.comparison.compared import compare as compared
+    from hessprobe.comparison.terminal import show_comparison
 
     comparison = compared(runs, target)
     show_comparison(comparison, Console())
     try:
         if figures is not None:
-            from hessprobe.report.comparison_figures import save_figures
+            from hessprobe.comparison.figures import save_figures
 
             for path in save_figures(comparison, figures):
                 print(f"figure   {path}")
         if out is not None:
-            from hessprobe.report.comparison import write_comparison
+            from hessprobe.comparison.page import write_comparison
 
             print(f"report   {write_comparison(comparison, out)}")
     except OSError as error:
@@ -393,7 +393,7 @@ def _write_runs_page(runs: list[Path], out: Path | None) -> Path:
 
 def _write_figures(runs: list[Path], folder: Path) -> None:
     from hessprobe.analysis import load_run
-    from hessprobe.analysis.several_runs import labels
+    from hessprobe.report.differences import labels
     from hessprobe.report.figure_set import save_figures
 
     for run, label in zip(runs, labels(runs), strict=True):

@@ -7,7 +7,6 @@ all that a report says, `grouping_table(table, damping=...)` for every measured 
 
 from __future__ import annotations
 
-from hessprobe.analysis.findings import findings
 from hessprobe.instruments.cross_layer.answers import (
     coupling,
     coupling_by_distance,
@@ -50,6 +49,7 @@ from hessprobe.instruments.train.answers import (
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.trend import Trend, trend
+from hessprobe.report.findings import findings
 from hessprobe.store.reader import open_run, require_table
 
 __all__ = [

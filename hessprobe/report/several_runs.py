@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hessprobe.analysis.several_runs import Beside, differences, runs_beside
 from hessprobe.instruments.cross_layer.several import (
     cross_layer_charts,
     last_coupling,
@@ -22,6 +21,7 @@ from hessprobe.pictures.charts import over_steps
 from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import counted
+from hessprobe.report.differences import Beside, differences, runs_beside
 from hessprobe.report.page import PAGE, render_page, write_page
 from hessprobe.report.provenance import decoded, flat, said_setting, said_time
 from hessprobe.report.summary import findings_json, summary_markdown

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hessprobe.analysis import cross_share, findings, load_run, require_table, strongest_pairs
+from hessprobe.analysis import cross_share, load_run, require_table, strongest_pairs
 from hessprobe.instruments.cross_layer import answers as coupling
 from hessprobe.instruments.gn_hessian.terminal import show_gn_hessian
 from hessprobe.instruments.preconditioner.terminal import show_preconditioner
 from hessprobe.reading.rows import failed_rows, sound_rows
 from hessprobe.reading.wording import basis, counted, percent, plus_minus
+from hessprobe.report import findings
 
 TRAIN_COLUMNS = ("loss", "held_out_loss", "step_size", "gradient_norm", "tokens", "seconds")
 ACCENT = "cyan"

@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from hessprobe.analysis.comparison import MEASURES, Comparison, compare
+from hessprobe.comparison.compared import MEASURES, Comparison, compare
 from tests.analysis.comparison_runs import CONTEXT, falling, write_losses, write_study
 
 

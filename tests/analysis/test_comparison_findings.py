@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hessprobe.analysis.comparison import compare
-from hessprobe.analysis.comparison_findings import comparison_findings, reading_order
-from hessprobe.analysis.reference_study import reference_study
+from hessprobe.comparison.compared import compare
+from hessprobe.comparison.findings import comparison_findings, reading_order
+from hessprobe.comparison.reference_study import reference_study
 from hessprobe.reading.finding import Finding
 from tests.analysis.comparison_runs import falling, write_losses, write_study
 

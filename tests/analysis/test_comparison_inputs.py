@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hessprobe.analysis.comparison import compare
-from hessprobe.analysis.comparison_findings import comparison_findings
+from hessprobe.comparison.compared import compare
+from hessprobe.comparison.findings import comparison_findings
 from hessprobe.errors import UserError
 from hessprobe.store.writer import RunWriter
 from tests.analysis.comparison_runs import falling, write_losses

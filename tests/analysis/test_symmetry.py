@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from hessprobe.analysis import findings
 from hessprobe.instruments.cross_layer.section import cross_layer
 from hessprobe.reading.symmetry import LIMIT, asymmetric_rows, asymmetry
+from hessprobe.report import findings
 from tests.analysis.test_coupling import table
 
 

@@ -14,9 +14,9 @@ import xarray as xr
 from rich.console import Console
 
 from hessprobe import cli
-from hessprobe.analysis.comparison import Comparison, compare
-from hessprobe.report.comparison import write_comparison
-from hessprobe.report.comparison_terminal import show_comparison
+from hessprobe.comparison.compared import Comparison, compare
+from hessprobe.comparison.page import write_comparison
+from hessprobe.comparison.terminal import show_comparison
 from tests.analysis.comparison_runs import falling, write_losses, write_study
 from tests.report.test_odd_runs import HOSTILE
 from tests.report.test_page import numbers, script_json

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hessprobe.analysis.comparison import Comparison, compare
+from hessprobe.comparison.compared import Comparison, compare
+from hessprobe.comparison.figures import learning_rates, loss_against, save_figures, steps_to_target
 from hessprobe.errors import UserError
-from hessprobe.report.comparison_figures import learning_rates, loss_against, save_figures, steps_to_target
 from tests.analysis.comparison_runs import falling, write_losses, write_study
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def test_the_script_answers_a_mistake_with_one_line(tmp_path):
 
 
 def test_the_studys_numbers_ship_with_the_package():
-    """A wheel holds data/reference_study.csv where hessprobe.analysis.reference_study looks first."""
+    """A wheel holds data/reference_study.csv where hessprobe.comparison.reference_study looks first."""
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
     forced = build["targets"]["wheel"]["force-include"]
     assert forced["data/reference_study.csv"] == "hessprobe/data/reference_study.csv"

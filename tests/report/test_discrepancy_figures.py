@@ -13,8 +13,8 @@ import xarray as xr
 from rich.console import Console
 
 from hessprobe.analysis import open_run
-from hessprobe.analysis.several_runs import differences, runs_beside
 from hessprobe.instruments.gn_hessian import figures as figures
+from hessprobe.report.differences import differences, runs_beside
 from hessprobe.report.figure_set import save_drawings
 from hessprobe.report.several_runs import write_runs_report
 from hessprobe.report.terminal import show

@@ -16,7 +16,7 @@ import pytest
 import xarray as xr
 from scipy.optimize import brentq
 
-from hessprobe.analysis import findings, open_run
+from hessprobe.analysis import open_run
 from hessprobe.instruments.cross_layer.figures import save
 from hessprobe.instruments.cross_layer.grouping.figures import (
     grouping_curve,
@@ -25,6 +25,7 @@ from hessprobe.instruments.cross_layer.grouping.figures import (
     overshoot_over_training,
 )
 from hessprobe.instruments.cross_layer.grouping.study import study_groupings
+from hessprobe.report import findings
 from hessprobe.report.page import write_report
 from tests.report.runs import LAYERS, write_run
 from tests.report.test_page import finding, numbers, script_json

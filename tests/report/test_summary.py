@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import xarray as xr
 
-from hessprobe.analysis import Finding, findings
+from hessprobe.analysis import Finding
+from hessprobe.report import findings
 from hessprobe.report.page import write_report
 from hessprobe.report.summary import findings_json, markdown, summary_markdown
 from tests.report.runs import write_run

@@ -11,10 +11,10 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from hessprobe.analysis import coupling_by_distance, cross_share, jacobi_radius, off_block_energy
-from hessprobe.analysis.several_runs import Beside, coupling_difference
 from hessprobe.instruments.cross_layer import answers as coupling
 from hessprobe.pictures.charts import Series, layout, matrix, over_steps, shown
 from hessprobe.reading.rows import sound_rows
+from hessprobe.report.differences import Beside, coupling_difference
 
 COLORS = tuple(f"var(--series-{i})" for i in range(1, 8))
 DASHES = ("solid", "dot", "dash")

@@ -10,7 +10,6 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis.several_runs import Beside
 from hessprobe.instruments.cross_layer.several import Ask, Line, lines_over_steps, looks
 from hessprobe.instruments.gn_hessian.answers import HESSIAN, curvature_ratio, gn_gap
 from hessprobe.instruments.gn_hessian.charts import densities
@@ -20,6 +19,7 @@ from hessprobe.pictures.charts import over_steps
 from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import basis
+from hessprobe.report.differences import Beside
 
 PERCENT = {"y_format": ".1%", "yaxis_tickformat": ".0~%"}
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.findings import findings
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.trend import standard_errors_of_largest
 from hessprobe.reading.wording import percent, plus_minus
+from hessprobe.report.findings import findings
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

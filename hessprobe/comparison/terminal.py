@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from hessprobe.analysis.comparison import Comparison
-from hessprobe.analysis.comparison_findings import comparison_findings
-from hessprobe.report.comparison import COSTS, cost_rows, rate_rows, reference_label, step_rows, study_name
+from hessprobe.comparison.compared import Comparison
+from hessprobe.comparison.findings import comparison_findings
+from hessprobe.comparison.page import COSTS, cost_rows, rate_rows, reference_label, step_rows, study_name
 from hessprobe.report.terminal import ACCENT
 
 WIDE = 100  # columns of a terminal that has room for the range over seeds

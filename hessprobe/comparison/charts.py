@@ -8,8 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis.comparison import Comparison, spent
-from hessprobe.analysis.comparison_findings import reading_order, steps_said
+from hessprobe.comparison.compared import Comparison, spent
+from hessprobe.comparison.findings import reading_order, steps_said
 from hessprobe.pictures.charts import ERROR_BARS_UP_TO, drawn_points, layout, shown
 
 COLORS = tuple(f"var(--series-{n})" for n in range(1, 8))

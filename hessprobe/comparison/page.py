@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.comparison import Comparison
-from hessprobe.analysis.comparison_findings import (
+from hessprobe.comparison.charts import comparison_charts
+from hessprobe.comparison.compared import Comparison
+from hessprobe.comparison.findings import (
     comparison_findings,
     loss_said,
     rate_said,
@@ -18,11 +19,10 @@ from hessprobe.analysis.comparison_findings import (
     steps_said,
     study_ratio,
 )
-from hessprobe.analysis.comparison_groups import METHODS
-from hessprobe.analysis.reference_study import CITATION, reference_study
+from hessprobe.comparison.groups import METHODS
+from hessprobe.comparison.reference_study import CITATION, reference_study
 from hessprobe.pictures.section import Section
 from hessprobe.reading.wording import counted, plus_minus
-from hessprobe.report.comparison_charts import comparison_charts
 from hessprobe.report.page import render_page, write_page
 from hessprobe.report.provenance import said_time
 

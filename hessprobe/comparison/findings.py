@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.comparison import Comparison
-from hessprobe.analysis.comparison_groups import METHODS
-from hessprobe.analysis.reference_study import CITATION, reference_study
+from hessprobe.comparison.compared import Comparison
+from hessprobe.comparison.groups import METHODS
+from hessprobe.comparison.reference_study import CITATION, reference_study
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.wording import counted, plus_minus
 

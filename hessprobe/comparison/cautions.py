@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.comparison_runs import ComparedRun
+from hessprobe.comparison.runs import ComparedRun
 from hessprobe.reading.wording import counted
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.comparison_runs import ComparedRun
+from hessprobe.comparison.runs import ComparedRun
 from hessprobe.reading.statistics import NO_RATIO, Ratio, ratio
 
 METHODS = {

@@ -13,12 +13,12 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hessprobe.analysis.comparison import Comparison, spent
-from hessprobe.analysis.comparison_findings import steps_said
+from hessprobe.comparison.charts import SPENT, broken, swept
+from hessprobe.comparison.compared import Comparison, spent
+from hessprobe.comparison.findings import steps_said
+from hessprobe.comparison.page import best_groups
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.figures import COLUMN, STYLE, save
-from hessprobe.report.comparison import best_groups
-from hessprobe.report.comparison_charts import SPENT, broken, swept
 
 # Okabe and Ito's colours without the yellow, which is lost on white; the dash tells the eighth from the first.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")

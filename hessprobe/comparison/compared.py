@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from hessprobe.analysis.comparison_cautions import cautions
-from hessprobe.analysis.comparison_groups import batch_table, group_table, grouped, with_ratios
-from hessprobe.analysis.comparison_runs import ComparedRun, read_runs
+from hessprobe.comparison.cautions import cautions
+from hessprobe.comparison.groups import batch_table, group_table, grouped, with_ratios
+from hessprobe.comparison.runs import ComparedRun, read_runs
 from hessprobe.errors import UserError
 
 MEASURES = ("steps", "tokens", "tokens_with_line_search", "seconds", "gradient_equivalents")
