@@ -157,7 +157,7 @@ def probe_models(
     """Measure checkpoints without training: a run's, transformers', or yours (--model). A series becomes the step axis."""
     settings = _settings(probe, None, None, None, None, device, seed, setting, log)
 
-    from hessprobe.training.probing.series_run import measure_series, open_series
+    from hessprobe.checkpoints.measure_series import measure_series, open_series
 
     series = open_series(models, settings, data=data, sequences=sequences, context=context, model=model)
     folder = out or _free_folder(Path("runs") / series.recipe.name)
@@ -318,7 +318,7 @@ def _say_measuring(recipe: Recipe) -> None:
     if not recipe.probes:
         print("no --probe given: only the training itself is recorded", file=sys.stderr)
         return
-    from hessprobe.training.console import say, stderr
+    from hessprobe.measuring.console import say, stderr
     from hessprobe.training.planning.measuring_plan import measuring_lines, plan_measuring
 
     for label, text in measuring_lines(plan_measuring(recipe), recipe.training.probe_share):

@@ -22,7 +22,7 @@ SECONDS = 120  # a hang ends the test, however busy the machine
 # it must own no thread when it forks.
 HELD = (
     "tests.conftest", "pytest", "curvlinops", "pytorch_optimizer", "torch.distributed.fsdp", "torch.nn.parallel",
-    "hessprobe.instruments.preconditioner.measure.probe", "hessprobe.training.any_loop.recorder", "tests.cases", "tests.processes",
+    "hessprobe.instruments.preconditioner.measure.probe", "hessprobe.any_loop.recorder", "tests.cases", "tests.processes",
 )  # fmt: skip
 
 

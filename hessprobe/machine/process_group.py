@@ -22,7 +22,7 @@ import torch.distributed as dist
 from hessprobe.errors import RunFailed, UserError
 from hessprobe.machine.processes import ALONE, PeerFailed, Processes, ProcessLost
 from hessprobe.machine.torchrun import Launch, launched
-from hessprobe.training.setup import pick_device
+from hessprobe.training.builds import pick_device
 
 # A process that died is noticed at once; this is for one that hangs, and more than any of them keeps the others waiting.
 TIMEOUT = timedelta(minutes=10)

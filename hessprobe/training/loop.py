@@ -14,6 +14,8 @@ from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.instruments.train.table import Totals, train_row, train_table
 from hessprobe.machine.process_group import own_device
 from hessprobe.machine.processes import ALONE, Processes
+from hessprobe.measuring.loggers import check_loggers
+from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes, peak_memory
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.running import RunningOptimizer, running_optimizer
 from hessprobe.problem.objective import Objective
@@ -21,14 +23,12 @@ from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
 from hessprobe.text.corpus import Corpus
 from hessprobe.text.hub_corpus import HubCorpus
+from hessprobe.training.builds import build_model, check_same_text, check_shares, open_corpus, start_log
 from hessprobe.training.checkpoint import load_checkpoint, load_start, save_checkpoint
 from hessprobe.training.ending import Diverged, RunEnd
-from hessprobe.training.loggers import check_loggers
 from hessprobe.training.optimizers import OuterOptimizer, build_optimizer, build_warmup
 from hessprobe.training.outputs import Outputs, open_outputs
-from hessprobe.training.recorder import ProbeRecorder, build_probes, peak_memory
 from hessprobe.training.run_data import RunData
-from hessprobe.training.setup import build_model, check_same_text, check_shares, open_corpus, start_log
 
 
 def train(recipe: Recipe, folder: Path, *, resume: bool = False, processes: Processes = ALONE) -> RunEnd:

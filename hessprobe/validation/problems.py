@@ -14,7 +14,7 @@ from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import build_recipe, read_recipe
 from hessprobe.text.corpus import Corpus
-from hessprobe.training.setup import decoder_config
+from hessprobe.training.builds import decoder_config
 from hessprobe.validation.modes import autocast
 
 SIZES = {"45M": "paper_45m", "150M": "paper_150m"}  # by recipe

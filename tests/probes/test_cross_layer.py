@@ -24,9 +24,9 @@ from hessprobe.instruments.cross_layer.measure.probe import DIRECTIONS, CrossLay
 from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.kernels import layer_kernels as layer_kernels_module
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
+from hessprobe.measuring.row_recorder import ProbeRecorder
 from hessprobe.recipe import CrossLayerRecipe
 from hessprobe.store.writer import RunWriter
-from hessprobe.training.recorder import ProbeRecorder
 from tests import oracles
 from tests.cases import SEED, Case
 from tests.models import ZOO, labels, seeded

@@ -20,9 +20,9 @@ from hessprobe.errors import UserError
 from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
 from hessprobe.instruments.gn_hessian.table import DIRECTIONS, LADDER_DIRECTIONS, MATRICES, MODELS
 from hessprobe.instruments.snapshot import Row, Snapshot
+from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes
 from hessprobe.recipe import GNHessianRecipe, PreconditionerRecipe, Recipe
 from hessprobe.store.writer import RunWriter
-from hessprobe.training.recorder import ProbeRecorder, build_probes
 from tests import models, oracles
 from tests.cases import Case
 

@@ -18,12 +18,12 @@ from hessprobe.errors import UserError
 from hessprobe.instruments.preconditioner.measure import site as preconditioner_site
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
 from hessprobe.instruments.snapshot import Row, Snapshot
+from hessprobe.measuring.row_recorder import ProbeRecorder
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.store.reader import open_run
 from hessprobe.store.writer import RunWriter
-from hessprobe.training.recorder import ProbeRecorder
 from tests.models import Problem, labels, real, redraw, seeded
 from tests.probes.preconditioner_truth import problem, snapshot_of
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hessprobe.cli import main as command_line
 from hessprobe.models.transformer import Decoder
-from hessprobe.training import setup
+from hessprobe.training import builds as setup
 
 
 def decoders_in_double() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from hessprobe.measuring.console import RunConsole
+from hessprobe.measuring.row_recorder import Measurement
 from hessprobe.optimization.report import StepReport
-from hessprobe.training.console import RunConsole
-from hessprobe.training.recorder import Measurement
 
 
 def report(**changes) -> StepReport:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hessprobe.checkpoints.measure_series import measure_series, open_series
 from hessprobe.errors import UserError
-from hessprobe.training import loggers, loop
-from hessprobe.training.loggers import ScalarLog, check_loggers
+from hessprobe.measuring import loggers
+from hessprobe.measuring.loggers import ScalarLog, check_loggers
+from hessprobe.measuring.row_recorder import Measurement
+from hessprobe.training import loop
 from hessprobe.training.loop import train
-from hessprobe.training.probing.series_run import measure_series, open_series
-from hessprobe.training.recorder import Measurement
 from tests.training.runs import assert_same_rows, attributes, parameters, recipe, tables
 
 ADAMW = ("optimizer.name=adamw", "training.steps=3", "cross_layer.every=2", 'probes=["cross_layer"]')

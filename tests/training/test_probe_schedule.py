@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hessprobe.errors import UserError
-from hessprobe.training.probe_schedule import At, Every, Logarithmic, schedule_of
+from hessprobe.measuring.schedule import At, Every, Logarithmic, schedule_of
 
 LENGTH = 300
 SCHEDULES = st.one_of(

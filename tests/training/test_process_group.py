@@ -12,7 +12,7 @@ from hessprobe.errors import UserError
 from hessprobe.machine.process_group import own_device, process_group
 from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.machine.torchrun import Launch, is_first, launched
-from hessprobe.training.setup import check_same_text, check_shares
+from hessprobe.training.builds import check_same_text, check_shares
 from tests.training.runs import recipe
 
 

@@ -14,14 +14,14 @@ import torch
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
+from hessprobe.measuring import row_recorder as recorder
+from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes, check_symmetry, peak_memory
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import build_recipe
 from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
 from hessprobe.store.writer import RunWriter
-from hessprobe.training import recorder
 from hessprobe.training.loop import train
-from hessprobe.training.recorder import ProbeRecorder, build_probes, check_symmetry, peak_memory
 from tests import models
 from tests.training.runs import recipe, state, tables
 

@@ -17,6 +17,7 @@ from hessprobe.optimization.inner_problem import GaussNewtonSettings
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import OPTIMIZERS, OptimizerRecipe, build_recipe, read_recipe
+from hessprobe.training.builds import build_model, decoder_config, pick_device
 from hessprobe.training.loop import train
 from hessprobe.training.optimizers import (
     INNER_LEARNING_RATES,
@@ -25,7 +26,6 @@ from hessprobe.training.optimizers import (
     build_warmup,
     learning_rate,
 )
-from hessprobe.training.setup import build_model, decoder_config, pick_device
 from tests.training.runs import attributes, recipe, text_file
 from tests.training.test_console import report
 

@@ -10,8 +10,8 @@ import torch
 from hessprobe.errors import UserError
 from hessprobe.instruments.snapshot import Probe, Snapshot
 from hessprobe.machine.memory import is_out_of_memory
+from hessprobe.measuring.row_recorder import build_probes, peak_memory, reset_peak_memory
 from hessprobe.recipe import build_recipe
-from hessprobe.training.recorder import build_probes, peak_memory, reset_peak_memory
 from hessprobe.validation.figures import Figure, check, failure, measured, skipped
 from hessprobe.validation.modes import FLOAT32, matmuls
 from hessprobe.validation.problems import Problem, named, random_batch, study_config

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from hessprobe.any_loop.recorder import Recorder
 from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.store.reader import open_run
-from hessprobe.training.any_loop.recorder import Recorder
 from tests.models import redraw, seeded
 from tests.processes import on_processes
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hessprobe as hp
+from hessprobe.any_loop.recorder import Recorder
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
@@ -27,7 +28,6 @@ from hessprobe.problem.partition import Partition
 from hessprobe.recipe import CrossLayerRecipe
 from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
 from hessprobe.store.writer import RunWriter
-from hessprobe.training.any_loop.recorder import Recorder
 from tests.training.any_loop.loops import LOOPS, Loop, _plain, batches, build, plain, run
 from tests.training.runs import assert_same_rows, attributes, tables
 

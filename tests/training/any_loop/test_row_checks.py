@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hessprobe as hp
+from hessprobe.any_loop.measuring import Measuring
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.row_checks import RowChecks
-from hessprobe.training.any_loop.measuring import Measuring
 
 CLASSES, WIDTH, SEQUENCES, POSITIONS = 11, 12, 16, 6
 

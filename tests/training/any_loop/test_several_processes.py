@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from hessprobe.any_loop import meeting
+from hessprobe.any_loop.recorder import Recorder
 from hessprobe.errors import UserError
 from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.store.writer import RunWriter
-from hessprobe.training.any_loop import meeting
-from hessprobe.training.any_loop.recorder import Recorder
 from tests.models import redraw, seeded
 from tests.processes import on_processes
 from tests.training.any_loop.loops import Loop, footprint
@@ -215,7 +215,7 @@ def shares_of_any_size(processes: Processes, folder: Path) -> None:
 
 def little_travels(processes: Processes, folder: Path) -> None:
     """A process sends the sequences that a probe can read at most, and not the memory they are a part of."""
-    from hessprobe.training.any_loop.probe_batches import own_sequences
+    from hessprobe.measuring.probe_batches import own_sequences
 
     x = torch.randint(VOCABULARY, (1000, LENGTH), generator=seeded(5))
     (sent,) = own_sequences(Objective(decoder(torch.float64)), (x, x), 3)

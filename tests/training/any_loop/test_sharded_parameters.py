@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from hessprobe.any_loop.recorder import Recorder
+from hessprobe.any_loop.sharded_parameters import check_whole
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
 from hessprobe.instruments.snapshot import Probe
 from hessprobe.recipe import CrossLayerRecipe, GNHessianRecipe, PreconditionerRecipe
-from hessprobe.training.any_loop.recorder import Recorder
-from hessprobe.training.any_loop.sharded_parameters import check_whole
 from tests.training.any_loop.loops import build
 
 KERNELS = CrossLayerProbe(CrossLayerRecipe())

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hessprobe as hp
+from hessprobe.any_loop.torch_optimizers import running
 from hessprobe.optimization.inner_solver import FirstOrder, hidden_matrices
 from hessprobe.problem.partition import Partition
-from hessprobe.training.any_loop.torch_optimizers import running
 from tests import models
 
 RATE = 1e-2

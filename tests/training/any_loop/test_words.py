@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hessprobe.training.any_loop.words import for_recorder
+from hessprobe.any_loop.words import for_recorder
 
 SAID = {
     "--set cross_layer.method=products": '{"cross_layer": {"method": "products"}}',

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 
+from hessprobe.checkpoints import measure_series as series_run
+from hessprobe.checkpoints.measure_series import measure_series, open_series
+from hessprobe.checkpoints.series import steps_of
 from hessprobe.errors import RunFailed, UserError
 from hessprobe.models.pretrained import Pretrained
 from hessprobe.problem.partition import Partition
@@ -22,9 +25,6 @@ from hessprobe.text.labelled_texts import LabelledTexts
 from hessprobe.text.masked_corpus import MaskedCorpus
 from hessprobe.training import loop
 from hessprobe.training.loop import train
-from hessprobe.training.probing import series_run
-from hessprobe.training.probing.checkpoint_series import steps_of
-from hessprobe.training.probing.series_run import measure_series, open_series
 from tests.training.probing.hugging_face import hub_folder, labelled_file, save_model, save_tokenizer, saved
 from tests.training.runs import attributes, recipe, tables, text_file
 

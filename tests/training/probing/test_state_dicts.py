@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import hessprobe as hp
+from hessprobe.checkpoints.measure_series import measure_series, open_series
+from hessprobe.checkpoints.state_dicts import step_of
 from hessprobe.errors import UserError
-from hessprobe.training.probing.series_run import measure_series, open_series
-from hessprobe.training.probing.state_dicts import step_of
 
 MODULE = """
 import torch

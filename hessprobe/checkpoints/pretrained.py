@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from hessprobe.checkpoints.series import Reader, check_probes, put_parameters, recipe_of
 from hessprobe.errors import UserError
 from hessprobe.models.pretrained import CLASSIFICATION, CONFIG, MASKED, Pretrained
 from hessprobe.problem.objective import Objective
@@ -17,8 +18,7 @@ from hessprobe.recipe import ModelRecipe
 from hessprobe.text.labelled_texts import LabelledTexts
 from hessprobe.text.masked_corpus import MaskedCorpus
 from hessprobe.text.tokenizer import load_tokenizer
-from hessprobe.training.probing.checkpoint_series import Reader, check_probes, put_parameters, recipe_of
-from hessprobe.training.setup import open_corpus
+from hessprobe.training.builds import open_corpus
 
 CONTEXT = 128  # tokens, where nothing else is asked for: a model's own thousands would make every row dear
 _PARTS = "checkpoint-*"

@@ -8,10 +8,10 @@ from typing import Any
 
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.instruments.snapshot import Probe
+from hessprobe.measuring.row_recorder import build_probes
+from hessprobe.measuring.schedule import Every, Schedule, schedule_of
 from hessprobe.problem.partition import PARTITIONS
 from hessprobe.recipe import build_recipe
-from hessprobe.training.probe_schedule import Every, Schedule, schedule_of
-from hessprobe.training.recorder import build_probes
 
 Options = Mapping[str, Any]
 Chosen = str | Probe | Mapping[str, Options] | Sequence[str | Probe | Mapping[str, Options]]

@@ -18,11 +18,11 @@ from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.machine.processes import ALONE, Processes, ProcessLost
+from hessprobe.measuring.failures import reason_of
+from hessprobe.measuring.schedule import Every, Schedule
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
 from hessprobe.schema.table import CHECK_VARIABLES, Table
-from hessprobe.training.failures import reason_of
-from hessprobe.training.probe_schedule import Every, Schedule
 
 CHECKED = tuple(variable.name for variable in CHECK_VARIABLES)
 

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 
 from hessprobe.errors import UserError
+from hessprobe.measuring.row_recorder import Measurement
 from hessprobe.text.hub import first_line
-from hessprobe.training.recorder import Measurement
 
 PROJECT = "hessprobe"
 TRAIN = (

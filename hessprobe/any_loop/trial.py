@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hessprobe.instruments.snapshot import Probe
+from hessprobe.measuring.row_recorder import Measurement
+from hessprobe.measuring.schedule import Every, Schedule
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.training.probe_schedule import Every, Schedule
-from hessprobe.training.recorder import Measurement
 
 SHARE = 0.1  # of the loop's own time that measuring may take without a hint
 

@@ -17,25 +17,25 @@ import tomli_w
 import torch
 from torch import nn
 
+from hessprobe.checkpoints.own import OwnCheckpoints, own_checkpoint
+from hessprobe.checkpoints.pretrained import PretrainedCheckpoints, spread
+from hessprobe.checkpoints.series import MEASURED_WITH, CheckpointSeries, Reader, steps_of
+from hessprobe.checkpoints.state_dicts import StateDicts
 from hessprobe.errors import RunFailed, UserError
 from hessprobe.instruments.snapshot import Probe, Snapshot
+from hessprobe.measuring.console import RunConsole
+from hessprobe.measuring.loggers import ScalarLog, check_loggers
+from hessprobe.measuring.probe_batches import placed
+from hessprobe.measuring.row_recorder import Measurement, ProbeRecorder, build_probes
+from hessprobe.measuring.schedule import At
+from hessprobe.measuring.undisturbed import undisturbed
 from hessprobe.problem.batches import pieces_of
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.row_checks import RowChecks
 from hessprobe.recipe import PROBES, Recipe
 from hessprobe.store.writer import RunWriter
-from hessprobe.training.any_loop.probe_batches import placed
-from hessprobe.training.any_loop.undisturbed import undisturbed
-from hessprobe.training.console import RunConsole
-from hessprobe.training.loggers import ScalarLog, check_loggers
-from hessprobe.training.probe_schedule import At
-from hessprobe.training.probing.checkpoint_series import MEASURED_WITH, CheckpointSeries, Reader, steps_of
-from hessprobe.training.probing.own_checkpoints import OwnCheckpoints, own_checkpoint
-from hessprobe.training.probing.pretrained_checkpoints import PretrainedCheckpoints, spread
-from hessprobe.training.probing.state_dicts import StateDicts
-from hessprobe.training.recorder import Measurement, ProbeRecorder, build_probes
-from hessprobe.training.setup import RECIPE_FILE, machine_attributes, pick_device
+from hessprobe.training.builds import RECIPE_FILE, machine_attributes, pick_device
 
 # Logits of one micro-batch, in entries (256 MiB in float32): a large vocabulary would else fill the memory.
 LOGITS = 2**26

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from hessprobe.checkpoints.series import Reader, check_probes, recipe_of
 from hessprobe.errors import UserError
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe, build_recipe, read_recipe
+from hessprobe.training.builds import RECIPE_FILE, build_model, decoder_config, open_corpus, pick_device
 from hessprobe.training.checkpoint import FILE, Start, checkpoint_file, load_start
-from hessprobe.training.probing.checkpoint_series import Reader, check_probes, recipe_of
-from hessprobe.training.setup import RECIPE_FILE, build_model, decoder_config, open_corpus, pick_device
 
 _PREFIX = "training.start_from = "
 

@@ -22,26 +22,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from hessprobe.any_loop.chosen_probes import Chosen, ChosenProbes, choose
+from hessprobe.any_loop.labels import ATTRIBUTE, Labels
+from hessprobe.any_loop.measuring import Measuring, names
+from hessprobe.any_loop.meeting import Meeting
+from hessprobe.any_loop.objective_arguments import objective_of
+from hessprobe.any_loop.patience import PATIENCE, Patience
+from hessprobe.any_loop.run_folder import open_folder
+from hessprobe.any_loop.sharded_parameters import check_whole
+from hessprobe.any_loop.trial import Check, checked, gradient_seconds
+from hessprobe.any_loop.words import for_recorder
 from hessprobe.errors import UserError
 from hessprobe.instruments.snapshot import Probe
 from hessprobe.machine.processes import Processes, ProcessLost
+from hessprobe.measuring.failures import reason_of
+from hessprobe.measuring.row_recorder import Measurement, NothingWritten, ProbeRecorder, RowWriter
+from hessprobe.measuring.schedule import Schedule
+from hessprobe.measuring.undisturbed import undisturbed
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.training.any_loop.chosen_probes import Chosen, ChosenProbes, choose
-from hessprobe.training.any_loop.labels import ATTRIBUTE, Labels
-from hessprobe.training.any_loop.measuring import Measuring, names
-from hessprobe.training.any_loop.meeting import Meeting
-from hessprobe.training.any_loop.objective_arguments import objective_of
-from hessprobe.training.any_loop.patience import PATIENCE, Patience
-from hessprobe.training.any_loop.run_folder import open_folder
-from hessprobe.training.any_loop.sharded_parameters import check_whole
-from hessprobe.training.any_loop.trial import Check, checked, gradient_seconds
-from hessprobe.training.any_loop.undisturbed import undisturbed
-from hessprobe.training.any_loop.words import for_recorder
-from hessprobe.training.failures import reason_of
-from hessprobe.training.probe_schedule import Schedule
-from hessprobe.training.recorder import Measurement, NothingWritten, ProbeRecorder, RowWriter
-from hessprobe.training.setup import machine_attributes
+from hessprobe.training.builds import machine_attributes
 
 LOGGER = logging.getLogger("hessprobe")
 AGAIN = 5.0  # seconds: rows that take less in all are tried twice, and the second time counts

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from hessprobe.instruments.gn_hessian.table import MATRICES
 from hessprobe.instruments.snapshot import Row
+from hessprobe.measuring.row_recorder import Measurement
 from hessprobe.optimization.report import StepReport
-from hessprobe.training.recorder import Measurement
 
 ACCENT = "cyan"
 

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessprobe.any_loop.meeting import Meeting, OutOfStep, Part
+from hessprobe.any_loop.torch_optimizers import running
 from hessprobe.errors import UserError
 from hessprobe.instruments.snapshot import Probe, Snapshot
 from hessprobe.machine.processes import ProcessLost
+from hessprobe.measuring.probe_batches import first_sequences, own_sequences, placed
+from hessprobe.measuring.row_recorder import Measurement, ProbeRecorder
+from hessprobe.measuring.undisturbed import undisturbed
 from hessprobe.optimization.running import RunningOptimizer
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.row_checks import UNCHECKED, Checked, RowChecks
 from hessprobe.problem.shares import is_sharded
-from hessprobe.training.any_loop.meeting import Meeting, OutOfStep, Part
-from hessprobe.training.any_loop.probe_batches import first_sequences, own_sequences, placed
-from hessprobe.training.any_loop.torch_optimizers import running
-from hessprobe.training.any_loop.undisturbed import undisturbed
-from hessprobe.training.recorder import Measurement, ProbeRecorder
 
 LOGGER = logging.getLogger("hessprobe")
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessprobe.checkpoints.series import Reader, check_probes, recipe_of
 from hessprobe.errors import UserError
+from hessprobe.measuring.failures import reason_of
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.recipe import ModelRecipe
-from hessprobe.training.failures import reason_of
-from hessprobe.training.probing.checkpoint_series import Reader, check_probes, recipe_of
-from hessprobe.training.setup import open_corpus
+from hessprobe.training.builds import open_corpus
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 CONTEXT = 128  # tokens, where text is read and nothing else is asked for
@@ -257,7 +257,7 @@ class _Given:
 
     def batch(self, *, seed: int, step: int, sequences: int, stream: str) -> list[Batch]:
         """Returns the first batches that hold so many sequences between them, the last one cut; fewer where they end."""
-        from hessprobe.training.any_loop.probe_batches import first_sequences
+        from hessprobe.measuring.probe_batches import first_sequences
 
         while sum(self._objective.sequence_shape(batch)[0] for batch in self._batches) < sequences:
             try:
