@@ -392,7 +392,7 @@ def _write_runs_page(runs: list[Path], out: Path | None) -> Path:
 
 
 def _write_figures(runs: list[Path], folder: Path) -> None:
-    from hessprobe.analysis import load_run
+    from hessprobe.reading.load_run import load_run
     from hessprobe.report.differences import labels
     from hessprobe.report.figure_set import save_figures
 

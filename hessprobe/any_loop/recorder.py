@@ -36,12 +36,12 @@ from hessprobe.errors import UserError
 from hessprobe.instruments.snapshot import Probe
 from hessprobe.machine.processes import Processes, ProcessLost
 from hessprobe.measuring.failures import reason_of
+from hessprobe.measuring.provenance import machine_attributes
 from hessprobe.measuring.row_recorder import Measurement, NothingWritten, ProbeRecorder, RowWriter
 from hessprobe.measuring.schedule import Schedule
 from hessprobe.measuring.undisturbed import undisturbed
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.training.builds import machine_attributes
 
 LOGGER = logging.getLogger("hessprobe")
 AGAIN = 5.0  # seconds: rows that take less in all are tried twice, and the second time counts

@@ -23,9 +23,11 @@ from hessprobe.checkpoints.series import MEASURED_WITH, CheckpointSeries, Reader
 from hessprobe.checkpoints.state_dicts import StateDicts
 from hessprobe.errors import RunFailed, UserError
 from hessprobe.instruments.snapshot import Probe, Snapshot
+from hessprobe.machine.devices import pick_device
 from hessprobe.measuring.console import RunConsole
 from hessprobe.measuring.loggers import ScalarLog, check_loggers
 from hessprobe.measuring.probe_batches import placed
+from hessprobe.measuring.provenance import machine_attributes
 from hessprobe.measuring.row_recorder import Measurement, ProbeRecorder, build_probes
 from hessprobe.measuring.schedule import At
 from hessprobe.measuring.undisturbed import undisturbed
@@ -35,7 +37,7 @@ from hessprobe.problem.partition import Partition
 from hessprobe.problem.row_checks import RowChecks
 from hessprobe.recipe import PROBES, Recipe
 from hessprobe.store.writer import RunWriter
-from hessprobe.training.builds import RECIPE_FILE, machine_attributes, pick_device
+from hessprobe.training.builds import RECIPE_FILE
 
 # Logits of one micro-batch, in entries (256 MiB in float32): a large vocabulary would else fill the memory.
 LOGITS = 2**26

@@ -13,10 +13,11 @@ from torch import nn
 
 from hessprobe.checkpoints.series import Reader, check_probes, recipe_of
 from hessprobe.errors import UserError
+from hessprobe.machine.devices import pick_device
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe, build_recipe, read_recipe
-from hessprobe.training.builds import RECIPE_FILE, build_model, decoder_config, open_corpus, pick_device
+from hessprobe.training.builds import RECIPE_FILE, build_model, decoder_config, open_corpus
 from hessprobe.training.checkpoint import FILE, Start, checkpoint_file, load_start
 
 _PREFIX = "training.start_from = "

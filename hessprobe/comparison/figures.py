@@ -18,7 +18,7 @@ from hessprobe.comparison.compared import Comparison, spent
 from hessprobe.comparison.findings import steps_said
 from hessprobe.comparison.page import best_groups
 from hessprobe.errors import UserError
-from hessprobe.instruments.cross_layer.figures import COLUMN, STYLE, save
+from hessprobe.pictures.paper import COLUMN, STYLE, save
 
 # Okabe and Ito's colours without the yellow, which is lost on white; the dash tells the eighth from the first.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")

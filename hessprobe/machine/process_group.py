@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from hessprobe.errors import RunFailed, UserError
+from hessprobe.machine.devices import pick_device
 from hessprobe.machine.processes import ALONE, PeerFailed, Processes, ProcessLost
 from hessprobe.machine.torchrun import Launch, launched
-from hessprobe.training.builds import pick_device
 
 # A process that died is noticed at once; this is for one that hangs, and more than any of them keeps the others waiting.
 TIMEOUT = timedelta(minutes=10)

@@ -17,9 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from hessprobe.errors import UserError
+from hessprobe.errors import UserError, first_line
 from hessprobe.measuring.row_recorder import Measurement
-from hessprobe.text.hub import first_line
 
 PROJECT = "hessprobe"
 TRAIN = (

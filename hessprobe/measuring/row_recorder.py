@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +15,8 @@ from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
-from hessprobe.machine.processes import ALONE, Processes, ProcessLost
+from hessprobe.machine.devices import peak_memory, reset_peak_memory
+from hessprobe.machine.processes import ProcessLost
 from hessprobe.measuring.failures import reason_of
 from hessprobe.measuring.schedule import Every, Schedule
 from hessprobe.problem.partition import Partition
@@ -186,22 +185,3 @@ def check_symmetry(gap: float, dtype: torch.dtype) -> None:
 
 def _array(value: Any) -> Any:
     return value.detach().double().cpu().numpy() if isinstance(value, torch.Tensor) else value
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new high-water mark where the device keeps one of its own (CUDA)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device, processes: Processes = ALONE) -> float:
-    """Returns the high-water mark in bytes: of the GPU since the last reset, or of a whole process so far.
-
-    Of several processes it is the largest.
-    """
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return float(processes.most(torch.tensor(peak)))

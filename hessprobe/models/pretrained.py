@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessprobe.errors import UserError
-from hessprobe.text.hub import first_line, offline
+from hessprobe.errors import UserError, first_line
+from hessprobe.text.hub import offline
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"

@@ -7,7 +7,9 @@ from typing import Literal, get_args
 import tomli_w
 from pydantic import Field
 
-from hessprobe.recipe.instruments import CrossLayerRecipe, GNHessianRecipe, PreconditionerRecipe
+from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
+from hessprobe.instruments.gn_hessian.recipe import GNHessianRecipe
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.recipe.optimizer import OptimizerRecipe
 from hessprobe.recipe.study import StudyRecipe
 from hessprobe.schema.section import Positive, Section

@@ -19,13 +19,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from hessprobe.analysis import Finding, load_run
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.instruments.cross_layer.section import cross_layer
 from hessprobe.instruments.gn_hessian.section import gn_hessian
 from hessprobe.instruments.preconditioner.section import preconditioner
 from hessprobe.instruments.train.section import costs, training
 from hessprobe.pictures.section import Section
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.load_run import load_run
 from hessprobe.reading.wording import percent, plus_minus
 from hessprobe.report import findings
 from hessprobe.report.provenance import provenance, said_time

@@ -7,18 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hessprobe.instruments.cross_layer.several import (
-    cross_layer_charts,
-    last_coupling,
-    lines_over_steps,
-    stored_line,
-)
+from hessprobe.instruments.cross_layer.several import cross_layer_charts, last_coupling
 from hessprobe.instruments.gn_hessian.several import several_gn_hessian
 from hessprobe.instruments.preconditioner.several import several_preconditioner
 from hessprobe.instruments.train.answers import measuring_costs, summarize_training
 from hessprobe.instruments.train.charts import by_clock
 from hessprobe.pictures.charts import over_steps
 from hessprobe.pictures.section import Section, table_or_reason
+from hessprobe.pictures.several import lines_over_steps, stored_line
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import counted
 from hessprobe.report.differences import Beside, differences, runs_beside

@@ -41,8 +41,3 @@ def offline() -> str:
     except OSError as error:
         return f"{host}: {error.strerror or error}"
     return ""
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, without its full stop; its type where it says nothing."""
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hessprobe.errors import RunFailed, UserError
+from hessprobe.errors import RunFailed, UserError, first_line
 from hessprobe.text.corpus import as_batch
-from hessprobe.text.hub import OFFLINE_SOURCES, first_line, offline, require_hub
+from hessprobe.text.hub import OFFLINE_SOURCES, offline, require_hub
 from hessprobe.text.packing import Bookmark, Packed
 from hessprobe.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessprobe.errors import UserError
-from hessprobe.text.hub import first_line
+from hessprobe.errors import UserError, first_line
 from hessprobe.text.hub_corpus import HUB, HubCorpus
 from hessprobe.text.tokenizer import load_tokenizer
 

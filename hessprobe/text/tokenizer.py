@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hessprobe.errors import UserError
-from hessprobe.text.hub import first_line, offline, require_hub
+from hessprobe.errors import UserError, first_line
+from hessprobe.text.hub import offline, require_hub
 from hessprobe.text.sources import SEPARATOR, Parts
 
 LEARNED = "bpe:"

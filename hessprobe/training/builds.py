@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import platform
-import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from hessprobe.errors import UserError
 from hessprobe.machine.processes import ALONE, Processes
+from hessprobe.measuring.provenance import machine_attributes
 from hessprobe.models.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
@@ -23,26 +20,6 @@ from hessprobe.text.hub_corpus import HUB, HubCorpus
 from hessprobe.training.checkpoint import Start
 
 RECIPE_FILE = "recipe.toml"
-_LIBRARIES = ("hessprobe", "torch", "curvlinops-for-pytorch", "numpy", "xarray", "zarr")
-
-
-def pick_device(wanted: str) -> torch.device:
-    """Returns the device; "auto" takes a GPU where there is one.
-
-    Raises:
-        UserError: a device that torch does not know or this machine does not have.
-    """
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        have = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError(
-            f"--device {wanted}: not to be had here; this machine has {', '.join(have)}"
-        ) from error
-    return device
 
 
 def decoder_config(recipe: Recipe) -> DecoderConfig:
@@ -187,55 +164,3 @@ def run_attributes(
         "data": json.dumps(dict(corpus.fingerprint)),
         **({"start_from": json.dumps(start.origin)} if start else {}),
     }
-
-
-def machine_attributes(
-    folder: Path, device: torch.device, partition: Partition, processes: Processes = ALONE
-) -> dict[str, object]:
-    """Returns the root attributes that any run has: when it began, by which versions, on what, which blocks."""
-    known = environment(device)
-    return {
-        "name": folder.name,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": json.dumps(known.versions),
-        "git_commit": known.commit,
-        "device": known.device,
-        "processes": processes.count,
-        "partition": json.dumps(partition.sizes),
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Environment:
-    """What numbers were computed by: versions by library, the source tree's commit or "", the device in words."""
-
-    versions: dict[str, str]
-    commit: str
-    device: str
-
-
-def environment(device: torch.device) -> Environment:
-    """Returns what runs here."""
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    return Environment(
-        versions={"python": platform.python_version(), **versions},
-        commit=_git_commit(),
-        device=f"{device} ({name}, {torch.get_num_threads()} threads)",
-    )
-
-
-def _git_commit() -> str:
-    """Returns the commit of the source tree hessprobe runs from, or "" where it is installed without one."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip()

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from hessprobe.instruments.snapshot import Snapshot
-from hessprobe.instruments.train.table import Totals, train_row, train_table
+from hessprobe.machine.devices import peak_memory
 from hessprobe.machine.process_group import own_device
 from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.measuring.loggers import check_loggers
-from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes, peak_memory
+from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.running import RunningOptimizer, running_optimizer
 from hessprobe.problem.objective import Objective
@@ -29,6 +29,7 @@ from hessprobe.training.ending import Diverged, RunEnd
 from hessprobe.training.optimizers import OuterOptimizer, build_optimizer, build_warmup
 from hessprobe.training.outputs import Outputs, open_outputs
 from hessprobe.training.run_data import RunData
+from hessprobe.training.train_row import Totals, layout, train_row
 
 
 def train(recipe: Recipe, folder: Path, *, resume: bool = False, processes: Processes = ALONE) -> RunEnd:
@@ -100,7 +101,7 @@ class Run:
         self.processes = objective.processes
         self.data = RunData(recipe, corpus, device)
         steps = recipe.training.steps
-        self.writer.add_table(train_table(recipe.optimizer), range(steps))
+        self.writer.add_table(layout(recipe.optimizer), range(steps))
         self.recorder = ProbeRecorder(self.writer, build_probes(recipe), partition, steps)
 
     def steps(self, saved: dict[str, Any] | None) -> RunEnd:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hessprobe.errors import RunFailed, UserError
 from hessprobe.instruments.gn_hessian.measure import traces as gn_hessian_traces
-from hessprobe.instruments.gn_hessian.measure.traces import COST, ROUNDS, KernelTraces, TraceKernels
+from hessprobe.instruments.gn_hessian.measure.traces import COST, KernelTraces, TraceKernels
+from hessprobe.instruments.gn_hessian.table import ROUNDS
 from hessprobe.instruments.snapshot import Snapshot
 from tests.models import seeded
 from tests.probes.test_gn_hessian import case_of, probe, snapshot_of, truths

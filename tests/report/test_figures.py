@@ -19,9 +19,9 @@ from hessprobe.instruments.cross_layer.figures import (
     coupling_heatmap,
     cross_share_over_training,
     off_block_energy_over_training,
-    save,
 )
 from hessprobe.instruments.train.figures import decrease_over_training, loss_curve, step_size_over_training
+from hessprobe.pictures.paper import save
 from hessprobe.report.figure_set import save_figures
 from tests.report.runs import write_run
 

@@ -17,7 +17,6 @@ import xarray as xr
 from scipy.optimize import brentq
 
 from hessprobe.analysis import open_run
-from hessprobe.instruments.cross_layer.figures import save
 from hessprobe.instruments.cross_layer.grouping.figures import (
     grouping_curve,
     importance_over_training,
@@ -25,6 +24,7 @@ from hessprobe.instruments.cross_layer.grouping.figures import (
     overshoot_over_training,
 )
 from hessprobe.instruments.cross_layer.grouping.study import study_groupings
+from hessprobe.pictures.paper import save
 from hessprobe.report import findings
 from hessprobe.report.page import write_report
 from tests.report.runs import LAYERS, write_run

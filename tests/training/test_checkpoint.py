@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.train.table import Totals
 from hessprobe.training import checkpoint
 from hessprobe.training.checkpoint import DataPosition, load_checkpoint, save_checkpoint
+from hessprobe.training.train_row import Totals
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,9 @@ import torch
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
+from hessprobe.machine.devices import peak_memory
 from hessprobe.measuring import row_recorder as recorder
-from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes, check_symmetry, peak_memory
+from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes, check_symmetry
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import build_recipe

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.train.table import Totals, train_row, train_table
+from hessprobe.machine.devices import pick_device
 from hessprobe.optimization.baselines import FirstOrderOptimizer
 from hessprobe.optimization.gauss_newton import GaussNewton
 from hessprobe.optimization.inner_problem import GaussNewtonSettings
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import OPTIMIZERS, OptimizerRecipe, build_recipe, read_recipe
-from hessprobe.training.builds import build_model, decoder_config, pick_device
+from hessprobe.training.builds import build_model, decoder_config
 from hessprobe.training.loop import train
 from hessprobe.training.optimizers import (
     INNER_LEARNING_RATES,
@@ -26,6 +26,7 @@ from hessprobe.training.optimizers import (
     build_warmup,
     learning_rate,
 )
+from hessprobe.training.train_row import Totals, layout, train_row
 from tests.training.runs import attributes, recipe, text_file
 from tests.training.test_console import report
 
@@ -154,7 +155,7 @@ def test_a_log_says_where_its_numbers_come_from(tmp_path):
 
 def test_a_training_row_is_what_its_table_declares():
     chosen = OptimizerRecipe(line_search_grid=3, minibatches=4)
-    table = train_table(chosen)
+    table = layout(chosen)
     row = train_row(
         report(
             line_search_loss={1.0: 4.0, 0.5: 3.0}, inner_loss=(5.0, 4.5), predicted_decrease=0.4,
@@ -192,7 +193,7 @@ def test_a_decrease_that_was_not_promised_has_no_ratio():
 )
 def test_the_inner_trace_has_a_place_for_every_inner_step(settings, places):
     chosen = OptimizerRecipe(**settings)
-    assert list(train_table(chosen).coordinates["inner_step"]) == list(range(places))
+    assert list(layout(chosen).coordinates["inner_step"]) == list(range(places))
 
 
 def test_totals_add_up():

@@ -5,39 +5,19 @@ Each function returns the figure and the data drawn in it.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import matplotlib
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hessprobe import analysis
 from hessprobe.errors import UserError
+from hessprobe.instruments.cross_layer.answers import coupling, off_block_energy
+from hessprobe.instruments.cross_layer.answers import coupling_by_distance as means_by_distance
+from hessprobe.instruments.cross_layer.answers import cross_share as cross_share_of
+from hessprobe.pictures.paper import ACCENT, COLUMN, SECOND, STYLE, marker, new, plain, short, stored
 from hessprobe.reading.rows import sound_rows
 
-COLUMN = 3.35  # inches: one column of a two-column page
-ACCENT, SECOND = "#0b6a88", "#b35806"
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "pdf.fonttype": 42,  # embeds the font: text in the PDF can be searched and edited
-    "savefig.dpi": 300,
-}
 DIRECTIONS = {
     "update": ("along the update", ACCENT, "-"),
     "negative_gradient": ("along −gradient", SECOND, "--"),
@@ -54,7 +34,7 @@ def coupling_heatmap(run: xr.DataTree, step: int | None = None) -> tuple[Figure,
     Raises:
         UserError: no such table, no measured row, or a step that was not measured.
     """
-    rows = analysis.coupling(stored(run, "cross_layer"))
+    rows = coupling(stored(run, "cross_layer"))
     row = _row(rows, step)
     diagonal = np.eye(row.sizes["block"], dtype=bool)
     drawn = row.where(xr.DataArray(~diagonal, dims=("block", "other_block")))
@@ -76,7 +56,7 @@ def coupling_heatmap(run: xr.DataTree, step: int | None = None) -> tuple[Figure,
 
 def coupling_by_distance(run: xr.DataTree, step: int | None = None) -> tuple[Figure, xr.Dataset]:
     """Returns the mean coupling of pairs against their layer distance at one step, drawn, and the means drawn."""
-    means = analysis.coupling_by_distance(stored(run, "cross_layer"))
+    means = means_by_distance(stored(run, "cross_layer"))
     row = _row(means, step)
     row = row.isel(distance=np.flatnonzero(row["distance"].values > 0))
     if row.sizes["distance"] == 0:
@@ -97,7 +77,7 @@ def coupling_by_distance(run: xr.DataTree, step: int | None = None) -> tuple[Fig
 
 def off_block_energy_over_training(run: xr.DataTree) -> tuple[Figure, xr.Dataset]:
     """Returns the share of |G|_F^2 between layers over training with its errors, drawn, and those shares."""
-    energy = analysis.off_block_energy(stored(run, "cross_layer"))
+    energy = off_block_energy(stored(run, "cross_layer"))
     if energy.sizes["step"] == 0:
         raise UserError("no row of the table 'cross_layer' holds an off_block_energy; nothing to draw")
     with matplotlib.rc_context(STYLE):
@@ -117,7 +97,7 @@ def cross_share_over_training(run: xr.DataTree) -> tuple[Figure, xr.DataArray]:
     rows = sound_rows(stored(run, "cross_layer"), "step_curvature")
     if rows.sizes["step"] == 0:
         raise UserError("no row of the table 'cross_layer' holds a step_curvature; nothing to draw")
-    shares = analysis.cross_share(rows["step_curvature"]).compute()
+    shares = cross_share_of(rows["step_curvature"]).compute()
     with matplotlib.rc_context(STYLE):
         figure, axes = new(COLUMN * 0.62)
         for direction in shares["direction"].values:
@@ -131,28 +111,6 @@ def cross_share_over_training(run: xr.DataTree) -> tuple[Figure, xr.DataArray]:
     return figure, shares
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Writes a figure as PDF and PNG into a folder, made where missing, and returns the two paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.pdf", folder / f"{name}.png"]
-    with matplotlib.rc_context(STYLE):
-        for path in paths:
-            figure.savefig(path)
-    return paths
-
-
-def stored(run: xr.DataTree, name: str) -> xr.Dataset:
-    """Returns one table of a run; UserError if it has none such."""
-    return analysis.require_table(run, name)
-
-
-def new(height: float):
-    """Returns a figure of one column's width and its axes."""
-    # Figure itself, not pyplot: pyplot keeps every figure alive in a global list.
-    figure = Figure(figsize=(COLUMN, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
 def _row(rows: xr.Dataset, step: int | None) -> xr.Dataset:
     measured = rows["step"].values
     if measured.size == 0:
@@ -162,18 +120,3 @@ def _row(rows: xr.Dataset, step: int | None) -> xr.Dataset:
     if step not in measured:
         raise UserError(f"step {step} was not measured; measured: {', '.join(str(s) for s in measured[:20])}")
     return rows.sel(step=step)
-
-
-def plain(name: str) -> str:
-    """Returns a name without matplotlib's math: a dollar sign would start a formula."""
-    return name.replace("$", r"\$")
-
-
-def short(name: str) -> str:
-    """Returns a block's name as a tick can show it."""
-    return plain(name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}")
-
-
-def marker(points: int) -> str:
-    """Returns the marker of a line: none where there are many points."""
-    return "o" if points <= 60 else ""

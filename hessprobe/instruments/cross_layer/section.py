@@ -10,9 +10,14 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis import coupling_by_distance, cross_share, curvature_shares, off_block_energy
 from hessprobe.instruments.cross_layer import answers as coupling
-from hessprobe.instruments.cross_layer.answers import depths
+from hessprobe.instruments.cross_layer.answers import (
+    coupling_by_distance,
+    cross_share,
+    curvature_shares,
+    depths,
+    off_block_energy,
+)
 from hessprobe.instruments.cross_layer.grouping.charts import (
     grouping_charts,
     grouping_content,

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import cycle
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis import coupling_by_distance, cross_share, jacobi_radius, off_block_energy
 from hessprobe.instruments.cross_layer import answers as coupling
-from hessprobe.pictures.charts import Series, layout, matrix, over_steps, shown
+from hessprobe.instruments.cross_layer.answers import (
+    coupling_by_distance,
+    cross_share,
+    jacobi_radius,
+    off_block_energy,
+)
+from hessprobe.pictures.charts import matrix, over_steps
+from hessprobe.pictures.several import Ask, Line, lines_over_steps, lines_with_errors
 from hessprobe.reading.rows import sound_rows
 from hessprobe.report.differences import Beside, coupling_difference
-
-COLORS = tuple(f"var(--series-{i})" for i in range(1, 8))
-DASHES = ("solid", "dot", "dash")
-
-# What a run has to draw: places, values, errors; None where it has nothing.
-Line = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-Ask = Callable[[Beside], Line | None]
 
 
 def cross_layer_charts(beside: Sequence[Beside]) -> dict[str, go.Figure]:
@@ -61,40 +59,6 @@ def cross_layer_charts(beside: Sequence[Beside]) -> dict[str, go.Figure]:
         charts["grouping_curve"].update_xaxes(autorange="reversed")
         charts["grouping_curve"].update_yaxes(tickformat=".0~%")
     return charts
-
-
-def lines_over_steps(beside: Sequence[Beside], ask: Ask) -> list[Series]:
-    """Returns one line for each run that has something to show."""
-    lines = []
-    for run, look in looks(beside):
-        found = ask(run)
-        if found is not None and found[1].size:
-            steps, values, stderr = found
-            lines.append(
-                Series(
-                    label=run.label,
-                    steps=steps,
-                    values=values,
-                    stderr=stderr,
-                    color=look["color"],
-                    dash=look["dash"],
-                )
-            )
-    return lines
-
-
-def stored_line(table: str, variable: str) -> Ask:
-    """Returns the function that takes a variable of a table as it is stored, without an error."""
-
-    def ask(run: Beside) -> Line | None:
-        if table not in run.tree.children:
-            return None
-        rows = sound_rows(run.tree[table].to_dataset(), variable)
-        if variable not in rows:
-            return None
-        return rows["step"].values, rows[variable].values.astype(float), None
-
-    return ask
 
 
 def _whole(run: Beside) -> xr.Dataset | None:
@@ -147,28 +111,6 @@ def _captured(run: Beside) -> Line | None:
     return last["groups"].values, last["captured"].values, last["captured_stderr"].values
 
 
-def lines_with_errors(beside: Sequence[Beside], ask: Ask, x: str, y: str) -> go.Figure | None:
-    """Returns lines with error bars against something else than steps."""
-    figure = go.Figure(layout=layout(x, y, showlegend=True))
-    for run, look in looks(beside):
-        found = ask(run)
-        if found is None:
-            continue
-        places, values, errors = found
-        figure.add_scatter(
-            x=places,
-            y=values,
-            name=shown(run.label),
-            mode="lines+markers",
-            line={"width": 1.8, **look},
-            marker={"color": look["color"], "size": 6},
-            error_y={"type": "data", "array": errors, "thickness": 1.2, "width": 3},
-            customdata=errors,
-            hovertemplate=f"{shown(run.label)}<br>{x} %{{x}}: %{{y:.4g}} ± %{{customdata:.2g}}<extra></extra>",
-        )
-    return figure if figure.data else None
-
-
 def last_coupling(run: Beside) -> xr.Dataset | None:
     """Returns the last row of a run's coupling with its errors."""
     rows = coupling(run.table) if run.table is not None else None
@@ -186,12 +128,3 @@ def _heatmap(values: xr.DataArray, stderr: xr.DataArray, *, limit: float, signed
     figure = matrix(names, signed=signed, limit=limit, hover=hover, ticks=".2~g")
     blank = np.where(np.eye(len(names), dtype=bool), np.nan, values.values)
     return figure.update_traces(z=blank, customdata=stderr.values)
-
-
-def looks(beside: Sequence[Beside]) -> list[tuple[Beside, dict[str, str]]]:
-    """Returns each run with its colour and, beyond seven runs, its dash."""
-    dashes = [DASHES[min(i // len(COLORS), len(DASHES) - 1)] for i in range(len(beside))]
-    return [
-        (run, {"color": color, "dash": dash})
-        for run, color, dash in zip(beside, cycle(COLORS), dashes, strict=False)
-    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hessprobe.recipe import CrossLayerRecipe
+from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
 from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable, declared, of_quantity
 
 DIRECTIONS = ("update", "negative_gradient")

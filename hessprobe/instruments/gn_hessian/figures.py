@@ -15,17 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.cross_layer.figures import (
-    ACCENT,
-    COLUMN,
-    SECOND,
-    STYLE,
-    marker,
-    new,
-    plain,
-    short,
-    stored,
-)
 from hessprobe.instruments.gn_hessian.answers import (
     GAUSS_NEWTON,
     HESSIAN,
@@ -39,6 +28,7 @@ from hessprobe.instruments.gn_hessian.charts import scale_end
 from hessprobe.instruments.gn_hessian.ladder import BEYOND, LINEARISATION, ladder
 from hessprobe.instruments.gn_hessian.spectrum import extremes, smoothed_density
 from hessprobe.instruments.gn_hessian.step_findings import ALONG
+from hessprobe.pictures.paper import ACCENT, COLUMN, SECOND, STYLE, marker, new, plain, short, stored
 from hessprobe.reading.rows import sound_rows
 
 TABLE = "gn_hessian"

@@ -10,13 +10,13 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.instruments.cross_layer.several import Ask, Line, lines_over_steps, looks
 from hessprobe.instruments.gn_hessian.answers import HESSIAN, curvature_ratio, gn_gap
 from hessprobe.instruments.gn_hessian.charts import densities
 from hessprobe.instruments.gn_hessian.ladder import full_length, ladder
 from hessprobe.instruments.gn_hessian.spectrum import negative_curvature, smoothed_density
 from hessprobe.pictures.charts import over_steps
 from hessprobe.pictures.section import Section, table_or_reason
+from hessprobe.pictures.several import Ask, Line, lines_over_steps, looks
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import basis
 from hessprobe.report.differences import Beside

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hessprobe.errors import unknown_name
-from hessprobe.instruments.gn_hessian.measure.traces import ROUNDS
-from hessprobe.recipe import GNHessianRecipe
+from hessprobe.instruments.gn_hessian.recipe import GNHessianRecipe
 from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, declared, of_quantity
 
 MATRICES = ("gauss_newton", "hessian", "residual")
@@ -160,3 +159,6 @@ def _ladder():
          "what linearising the network leaves out", exact),
         ("linearisation_stderr", gap, "nats per token", "standard error of linearisation", spread),
     ))  # fmt: skip
+
+
+ROUNDS = 4

@@ -16,17 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.cross_layer.figures import (
-    ACCENT,
-    COLUMN,
-    SECOND,
-    STYLE,
-    marker,
-    new,
-    plain,
-    short,
-    stored,
-)
 from hessprobe.instruments.preconditioner.answers import (
     LAYERWISE,
     efficiency,
@@ -35,6 +24,7 @@ from hessprobe.instruments.preconditioner.answers import (
 )
 from hessprobe.instruments.preconditioner.blocks import block_losses, block_steps
 from hessprobe.instruments.preconditioner.decrease_ratios import cross_layer_pays, decrease_ratios
+from hessprobe.pictures.paper import ACCENT, COLUMN, SECOND, STYLE, marker, new, plain, short, stored
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5d656d")
 DASHES = ("-", "--", ":")

@@ -10,12 +10,12 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.instruments.cross_layer.several import Line, lines_over_steps, lines_with_errors, looks
 from hessprobe.instruments.preconditioner.answers import FULL, LAYERWISE, efficiency, preconditioner_rows
 from hessprobe.instruments.preconditioner.decrease_ratios import cross_layer_pays, decrease_ratios
 from hessprobe.pictures.charts import layout, over_steps
 from hessprobe.pictures.named_charts import add_dots, dotted, on_ratio_axis
 from hessprobe.pictures.section import Section, table_or_reason
+from hessprobe.pictures.several import Line, lines_over_steps, lines_with_errors, looks
 from hessprobe.report.differences import Beside
 
 

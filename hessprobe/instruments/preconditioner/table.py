@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hessprobe.recipe import PreconditionerRecipe
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable, declared
 
 # A dimension of this table, where the others hold one number per row.

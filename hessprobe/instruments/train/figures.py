@@ -9,9 +9,9 @@ import matplotlib
 import xarray as xr
 from matplotlib.figure import Figure
 
-from hessprobe import analysis
 from hessprobe.errors import UserError, unknown_name
-from hessprobe.instruments.cross_layer.figures import ACCENT, COLUMN, SECOND, STYLE, marker, new, stored
+from hessprobe.instruments.train.answers import loss_curve as curve_of
+from hessprobe.pictures.paper import ACCENT, COLUMN, SECOND, STYLE, marker, new, stored
 from hessprobe.reading.rows import sound_rows
 
 CLOCKS = {
@@ -30,7 +30,7 @@ def loss_curve(run: xr.DataTree, clock: str = "step") -> tuple[Figure, xr.Datase
     """
     if clock not in CLOCKS:
         raise unknown_name("clock", clock, CLOCKS)
-    curve = analysis.loss_curve(stored(run, "train"))
+    curve = curve_of(stored(run, "train"))
     if clock != "step":
         curve = curve.dropna("step", subset=[clock]) if clock in curve.coords else curve.isel(step=[])
     if curve.sizes["step"] == 0:

@@ -11,8 +11,13 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.analysis import loss_curve, measuring_costs, summarize_training
-from hessprobe.instruments.train.answers import decrease_ratio, step_outcomes
+from hessprobe.instruments.train.answers import (
+    decrease_ratio,
+    loss_curve,
+    measuring_costs,
+    step_outcomes,
+    summarize_training,
+)
 from hessprobe.instruments.train.charts import by_clock
 from hessprobe.pictures.charts import ACCENT, SECOND, Series, over_steps
 from hessprobe.pictures.section import Section, table_or_reason

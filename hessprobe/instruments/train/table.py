@@ -2,43 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from hessprobe.optimization.line_search import step_sizes
-from hessprobe.optimization.report import StepReport
-from hessprobe.recipe import OptimizerRecipe
 from hessprobe.schema.table import Table, Variable
 
 
-@dataclass(kw_only=True)
-class Totals:
-    """What a run has spent so far; saved with every checkpoint."""
-
-    tokens: int = 0
-    line_search_tokens: int = 0
-    seconds: float = 0.0
-    probe_seconds: float = 0.0
-    gradient_equivalents: float = 0.0
-
-    def add(self, report: StepReport, seconds: float) -> None:
-        """Adds one outer step."""
-        self.tokens += report.tokens
-        self.line_search_tokens += report.line_search_tokens
-        self.gradient_equivalents += report.gradient_equivalents
-        self.seconds += seconds
-
-
-def inner_trace(recipe: OptimizerRecipe) -> int:
-    """Returns how many inner losses an outer step can leave, those of the warm-up's steps included."""
-    inner = (recipe.inner_steps or recipe.minibatches) if recipe.is_gauss_newton else 1
-    if recipe.is_gauss_newton and recipe.inner_solver == "cg":
-        inner = 2  # where conjugate gradients start and where they end
-    return max(inner, recipe.minibatches if recipe.warmup_steps else 1)
-
-
-def train_table(recipe: OptimizerRecipe) -> Table:
+def train_table(step_sizes: Sequence[float], inner_steps: int) -> Table:
     """Returns the layout of `train`: line_search_loss has a column per step size, inner_loss one per inner step."""
 
     def scalar(
@@ -96,39 +65,7 @@ def train_table(recipe: OptimizerRecipe) -> Table:
         scalar("peak_memory", "bytes", "peak memory of the process, or of its GPU", "as the system reports"),
     )
     coordinates = {
-        "alpha": list(step_sizes(recipe.step_sizes)),
-        "inner_step": list(range(inner_trace(recipe))),
+        "alpha": list(step_sizes),
+        "inner_step": list(range(inner_steps)),
     }
     return Table(name="train", variables=variables, coordinates=coordinates)
-
-
-def train_row(
-    report: StepReport, totals: Totals, recipe: OptimizerRecipe, *, held_out_loss: float, peak_memory: float
-) -> dict[str, Any]:
-    """Returns one row of `train`; NaN where a quantity does not exist for an optimizer."""
-    inner = report.inner_loss or (math.nan,)
-    places = inner_trace(recipe)
-    promised = report.predicted_decrease
-    return {
-        "loss": report.loss,
-        "held_out_loss": held_out_loss,
-        "outcome": report.outcome,
-        "step_size": report.step_size,
-        "line_search_loss": [report.line_search_loss.get(a, math.nan) for a in step_sizes(recipe.step_sizes)],
-        "update_norm": report.update_norm,
-        "gradient_norm": report.gradient_norm,
-        "predicted_decrease": promised,
-        "actual_decrease": report.actual_decrease,
-        "decrease_ratio": report.actual_decrease / promised if promised else math.nan,
-        "inner_loss_first": inner[0],
-        "inner_loss_last": inner[-1],
-        "inner_loss": [*inner, *[math.nan] * places][:places],
-        "inner_residual": report.inner_residual,
-        "inner_iterations": report.inner_iterations,
-        "tokens": totals.tokens,
-        "line_search_tokens": totals.line_search_tokens,
-        "seconds": totals.seconds,
-        "probe_seconds": totals.probe_seconds,
-        "gradient_equivalents": totals.gradient_equivalents,
-        "peak_memory": peak_memory,
-    }

@@ -13,17 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.answers import jacobi_radius
-from hessprobe.instruments.cross_layer.figures import (
-    ACCENT,
-    COLUMN,
-    SECOND,
-    STYLE,
-    marker,
-    new,
-    short,
-    stored,
-)
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, ranked_gains
+from hessprobe.pictures.paper import ACCENT, COLUMN, SECOND, STYLE, marker, new, short, stored
 from hessprobe.reading.rows import sound_rows
 
 UNRESOLVED = "#999999"

@@ -26,6 +26,7 @@ from hessprobe.estimation.block_norms import (
     symmetry_gap,
 )
 from hessprobe.estimation.sampling import Estimate, log_interval
+from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
 from hessprobe.instruments.cross_layer.table import DIRECTIONS, cross_layer_table, sketches
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
@@ -34,7 +35,6 @@ from hessprobe.kernels.stream import DEFAULT_MEMORY as KERNELS_MEMORY
 from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import is_sharded
-from hessprobe.recipe import CrossLayerRecipe
 from hessprobe.schema.table import Table
 
 Operator = TypeVar("Operator", GaussNewton, Hessian)

@@ -21,13 +21,19 @@ from hessprobe.estimation.density import SpectralDensity, spectral_density, star
 from hessprobe.estimation.sampling import rademacher
 from hessprobe.estimation.shared_probes import SharedProbes, probes_at_once, shared_probes
 from hessprobe.instruments.gn_hessian.measure.rows import ladder_rows, node_rows, norm_rows, spectrum_rows
-from hessprobe.instruments.gn_hessian.measure.traces import COST, ROUNDS, KernelTraces, TraceKernels
-from hessprobe.instruments.gn_hessian.table import DIRECTIONS, LADDER_DIRECTIONS, MATRICES, gn_hessian_table
+from hessprobe.instruments.gn_hessian.measure.traces import COST, KernelTraces, TraceKernels
+from hessprobe.instruments.gn_hessian.recipe import GNHessianRecipe
+from hessprobe.instruments.gn_hessian.table import (
+    DIRECTIONS,
+    LADDER_DIRECTIONS,
+    MATRICES,
+    ROUNDS,
+    gn_hessian_table,
+)
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.optimization.conjugate_gradient import Solution, conjugate_gradient
 from hessprobe.optimization.model_ladder import model_ladder
 from hessprobe.problem.partition import Partition
-from hessprobe.recipe import GNHessianRecipe
 from hessprobe.schema.table import Table
 
 Operators = dict[str, CurvatureOperator]

@@ -12,12 +12,12 @@ import torch
 
 from hessprobe.errors import RunFailed
 from hessprobe.estimation.sampling import Estimate
+from hessprobe.instruments.gn_hessian.table import ROUNDS
 from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.verification import tokens_of, verified_plan
 
-ROUNDS = 4
 COST = (1 + 2 * ROUNDS) / 3  # gradients of the batch, where every parameter has a fast path
 # Traces need no pairs of sequences, so only as many tokens go together as fill the device (however many processes share
 # them: the signs must not depend on that): nothing is held for long, and Gram matrices stay small.

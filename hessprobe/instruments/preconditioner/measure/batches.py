@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hessprobe.errors import UserError
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.problem.batches import Batch
 from hessprobe.problem.objective import Objective
-from hessprobe.recipe import PreconditionerRecipe
 
 
 class SharedOut:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.instruments.preconditioner.measure.site import Groups, Site
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.optimization.conjugate_gradient import NOT_FINITE
 from hessprobe.optimization.directions import directions
 from hessprobe.optimization.inner_problem import groups_of
 from hessprobe.optimization.place import Direction
 from hessprobe.problem.partition import Partition
-from hessprobe.recipe import PreconditionerRecipe
 
 Candidate = Callable[[Tensor, Snapshot], Tensor]
 SOLVED = ("layerwise_gn", "full_gn")

@@ -20,11 +20,11 @@ from hessprobe.instruments.preconditioner.measure.candidates import (
 )
 from hessprobe.instruments.preconditioner.measure.row import PreconditionerRow
 from hessprobe.instruments.preconditioner.measure.site import Site, product_cost
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.preconditioner.table import preconditioner_table
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.problem.batches import Batch
 from hessprobe.problem.partition import Partition
-from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.schema.table import Table
 
 LOGGER = logging.getLogger("hessprobe")

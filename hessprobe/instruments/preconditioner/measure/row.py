@@ -11,7 +11,7 @@ from hessprobe.errors import UserError
 from hessprobe.estimation.conditioning import Conditioning
 from hessprobe.instruments.preconditioner.measure.candidates import Answer
 from hessprobe.instruments.preconditioner.measure.site import Judged, Site, jackknife_stderr
-from hessprobe.recipe import PreconditionerRecipe
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from hessprobe.curvature.along import curvature_along
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.errors import UserError
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.optimization.damped_solves import DampedSolutions, damped_solves
 from hessprobe.optimization.place import Place
 from hessprobe.problem.batches import Batch
-from hessprobe.recipe import PreconditionerRecipe
 
 Groups = tuple[tuple[str, ...], ...]
 
