@@ -17,6 +17,7 @@ from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, stud
 from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
 from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
 from hessprobe.instruments.train import figures as training_figures
+from hessprobe.pictures import paper
 
 Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray]]
 
@@ -97,5 +98,5 @@ def save_drawings(
                 raise
             left_out[name] = str(error)
         else:
-            written += figures.save(figure, folder, f"{prefix}{name}")
+            written += paper.save(figure, folder, f"{prefix}{name}")
     return FigureSet(written=written, left_out=left_out)

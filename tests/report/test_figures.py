@@ -122,7 +122,7 @@ def quick(monkeypatch):
             path.touch()
         return paths
 
-    monkeypatch.setattr("hessprobe.instruments.cross_layer.figures.save", touched)
+    monkeypatch.setattr("hessprobe.pictures.paper.save", touched)
 
 
 def test_every_figure_a_run_can_give_is_drawn_and_the_others_say_why(sketched, tmp_path, quick):

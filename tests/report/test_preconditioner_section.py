@@ -273,7 +273,7 @@ def quick(monkeypatch):
         (folder / f"{name}.pdf").touch()
         return [folder / f"{name}.pdf"]
 
-    monkeypatch.setattr("hessprobe.instruments.cross_layer.figures.save", touched)
+    monkeypatch.setattr("hessprobe.pictures.paper.save", touched)
 
 
 def test_all_figures_are_written_and_a_run_without_the_table_has_none(measured, tmp_path, quick):
