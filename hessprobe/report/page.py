@@ -28,7 +28,7 @@ from hessprobe.pictures.section import Section
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.wording import percent, plus_minus
-from hessprobe.report import findings
+from hessprobe.report.findings import findings
 from hessprobe.report.provenance import provenance, said_time
 from hessprobe.report.summary import findings_json, summary_markdown
 

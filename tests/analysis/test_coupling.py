@@ -13,8 +13,7 @@ from hessprobe.analysis import (
     off_block_energy,
     strongest_pairs,
 )
-from hessprobe.instruments.cross_layer import answers as coupling
-from hessprobe.instruments.cross_layer.answers import depths
+from hessprobe.instruments.cross_layer.answers import coupling, depths
 
 BLOCKS = ["embedding", "block.0", "block.1", "block.2", "head"]
 

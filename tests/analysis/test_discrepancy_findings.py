@@ -10,7 +10,7 @@ import xarray as xr
 
 from hessprobe.analysis import Finding, open_run
 from hessprobe.instruments.gn_hessian.findings import discrepancy_findings, discrepancy_trends
-from hessprobe.report import findings
+from hessprobe.report.findings import findings
 from tests.report.gn_hessian_runs import Truth, write_gn_run
 
 

@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import Finding, jacobi_radius, open_run
-from hessprobe.report import findings
+from hessprobe.report.findings import findings
 from tests.analysis.test_coupling import BLOCKS, table
 from tests.report.runs import write_run
 

@@ -8,7 +8,7 @@ import xarray as xr
 
 from hessprobe.instruments.cross_layer.section import cross_layer
 from hessprobe.reading.symmetry import LIMIT, asymmetric_rows, asymmetry
-from hessprobe.report import findings
+from hessprobe.report.findings import findings
 from tests.analysis.test_coupling import table
 
 

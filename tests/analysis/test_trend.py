@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hessprobe.reading import trend
-from hessprobe.reading.trend import standard_errors_of_largest
+from hessprobe.reading.trend import standard_errors_of_largest, trend
 
 
 def test_the_slope_is_the_least_squares_one():

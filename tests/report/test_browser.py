@@ -15,7 +15,7 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import open_run
-from hessprobe.instruments.cross_layer import answers as coupling
+from hessprobe.instruments.cross_layer.answers import coupling
 from hessprobe.report.page import write_report
 from hessprobe.report.several_runs import write_runs_report
 from tests.report.gn_hessian_runs import add_gn_hessian

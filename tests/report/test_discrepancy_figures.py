@@ -13,7 +13,7 @@ import xarray as xr
 from rich.console import Console
 
 from hessprobe.analysis import open_run
-from hessprobe.instruments.gn_hessian import figures as figures
+from hessprobe.instruments.gn_hessian import figures
 from hessprobe.report.differences import differences, runs_beside
 from hessprobe.report.figure_set import save_drawings
 from hessprobe.report.several_runs import write_runs_report

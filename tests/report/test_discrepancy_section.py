@@ -15,7 +15,7 @@ from rich.console import Console
 
 from hessprobe.analysis import open_run
 from hessprobe.errors import UserError
-from hessprobe.instruments.gn_hessian import figures as figures
+from hessprobe.instruments.gn_hessian import figures
 from hessprobe.instruments.gn_hessian.section import gn_hessian
 from hessprobe.report.figure_set import save_drawings
 from hessprobe.report.page import write_report

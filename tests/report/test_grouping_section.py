@@ -25,7 +25,7 @@ from hessprobe.instruments.cross_layer.grouping.figures import (
 )
 from hessprobe.instruments.cross_layer.grouping.study import study_groupings
 from hessprobe.pictures.paper import save
-from hessprobe.report import findings
+from hessprobe.report.findings import findings
 from hessprobe.report.page import write_report
 from tests.report.runs import LAYERS, write_run
 from tests.report.test_page import finding, numbers, script_json

@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import Finding
-from hessprobe.report import findings
+from hessprobe.report.findings import findings
 from hessprobe.report.page import write_report
 from hessprobe.report.summary import findings_json, markdown, summary_markdown
 from tests.report.runs import write_run

@@ -9,8 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.instruments.cross_layer import answers as coupling
 from hessprobe.instruments.cross_layer.answers import (
+    coupling,
     coupling_by_distance,
     cross_share,
     jacobi_radius,
