@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import Finding, findings, jacobi_radius, open_run
-from tests.analysis.test_coupling import BLOCKS, table
+from tests.analysis.coupling_tables import BLOCKS, table
 from tests.report.runs import write_run
 
 

@@ -9,7 +9,7 @@ import xarray as xr
 from hessprobe.analysis import findings
 from hessprobe.analysis.symmetry import LIMIT, asymmetric_rows, asymmetry
 from hessprobe.report.cross_layer import cross_layer
-from tests.analysis.test_coupling import table
+from tests.analysis.coupling_tables import table
 
 
 def log(gaps: list[float], failed: int | None = None) -> xr.Dataset:

@@ -14,7 +14,7 @@ from hessprobe.probes import gn_hessian_traces
 from hessprobe.probes.gn_hessian_traces import COST, ROUNDS, KernelTraces, TraceKernels
 from hessprobe.probes.probe import Snapshot
 from tests.models import seeded
-from tests.probes.test_gn_hessian import case_of, probe, snapshot_of, truths
+from tests.probes.gn_hessian_truth import case_of, probe, snapshot_of, truths
 
 SEEDS = 120
 MEMORY = 2**29

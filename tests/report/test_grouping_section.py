@@ -26,8 +26,8 @@ from hessprobe.report.grouping_figures import (
     overshoot_over_training,
 )
 from hessprobe.report.page import write_report
+from tests.report.page_reading import finding, numbers, script_json
 from tests.report.runs import LAYERS, write_run
-from tests.report.test_page import finding, numbers, script_json
 
 Groups = list[tuple[int, ...]]
 K = len(LAYERS)

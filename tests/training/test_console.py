@@ -9,16 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from hessprobe.optimization.report import StepReport
 from hessprobe.training.console import RunConsole
 from hessprobe.training.recorder import Measurement
-
-
-def report(**changes) -> StepReport:
-    return StepReport(**{
-        "outcome": "accepted", "loss": 5.5, "gradient_norm": 1.0, "update_norm": 0.1, "tokens": 8,
-        "gradient_equivalents": 2.0, **changes,
-    })  # fmt: skip
+from tests.training.step_reports import report
 
 
 def measurement(**changes) -> Measurement:

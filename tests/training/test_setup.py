@@ -27,7 +27,7 @@ from hessprobe.training.optimizers import (
 from hessprobe.training.setup import build_model, decoder_config, pick_device
 from hessprobe.training.train_table import Totals, train_row, train_table
 from tests.training.runs import attributes, recipe, text_file
-from tests.training.test_console import report
+from tests.training.step_reports import report
 
 CPU = torch.device("cpu")
 
