@@ -30,6 +30,22 @@ _MISTAKEN_CALL: Any = typer.BadParameter.__base__  # click's UsageError, whereve
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/nano.")]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        import hessprobe
+
+        print(f"hessprobe {hessprobe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def hessprobe_itself(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
 @app.command()
 def train(
     recipe: Annotated[

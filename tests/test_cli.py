@@ -5,27 +5,16 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from hessprobe import cli
 from hessprobe.report import page
+from tests.command_answers import Answer, Command, contents, refused
 from tests.training.runs import attributes, parameters, state, tables, text_file, tiny
 
 WRITE_REPORT = page.write_report
-
-
-class Answer(NamedTuple):
-    """How a command ended, and what it wrote where."""
-
-    code: int
-    out: str
-    error: str
-
-
-Command = Callable[..., Answer]
 
 
 @pytest.fixture(autouse=True)
@@ -57,20 +46,6 @@ def hessprobe(tmp_path, monkeypatch, capsys) -> Command:
 def small(tmp_path) -> list[str]:
     """Returns the flags of a tiny run of two steps."""
     return [*(f"--set={s}" for s in tiny(text_file(tmp_path))), "--steps=2", "--optimizer=adamw"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def refused(answer: Answer, *parts: str) -> None:
-    """One line that says what was wanted, exit 2, no traceback, no result."""
-    assert answer.code == 2, answer
-    assert answer.out == ""
-    lines = [line for line in answer.error.splitlines() if not line.startswith("no --probe given")]
-    assert len(lines) == 1 and lines[0].startswith("error: "), answer.error
-    for part in parts:
-        assert part in lines[0], answer.error
 
 
 MISTAKES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hessprobe import cli
-from tests.test_cli import Answer, Command, contents, refused
+from tests.command_answers import Answer, Command, contents, refused
 from tests.training.probing.hugging_face import labelled_file, save_model, save_tokenizer, saved
 from tests.training.runs import attributes, tables, text_file, tiny
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from hessprobe.analysis import Finding, jacobi_radius, open_run
-from hessprobe.report.findings import findings
-from tests.analysis.test_coupling import BLOCKS, table
+from hessprobe.analysis import Finding, findings, jacobi_radius, open_run
+from tests.analysis.coupling_tables import BLOCKS, table
 from tests.report.runs import write_run
 
 

@@ -21,31 +21,7 @@ from hessprobe.instruments.cross_layer.grouping.sketch_space import CrossFit
 from hessprobe.instruments.cross_layer.grouping.sketched_solve import inner_damping
 from hessprobe.instruments.cross_layer.grouping.sketches import Sketches
 from hessprobe.instruments.cross_layer.grouping.table import grouping_table, reached_damping
-
-BLOCKS = ("a", "b", "c", "d")
-STARTS = np.array([0, 5, 9, 16, 20])
-
-
-def of(w: np.ndarray, g: np.ndarray, tokens: np.ndarray, starts: np.ndarray = STARTS) -> Sketches:
-    """Returns what the sketches w (rounds, sequences, p) know."""
-    rounds, count, _ = w.shape
-    flat = w.reshape(rounds * count, -1)
-    parts = [slice(i, j) for i, j in zip(starts[:-1], starts[1:], strict=True)]
-    return Sketches(
-        blocks=tuple("abcdefgh"[: len(parts)]),
-        kernel=np.stack([flat[:, s] @ flat[:, s].T for s in parts]),
-        alignment=np.stack([flat[:, s] @ g[s] for s in parts]),
-        norm2=np.array([g[s] @ g[s] for s in parts]),
-        sequence=np.tile(np.arange(count), rounds),
-        round=np.repeat(np.arange(rounds), count),
-        tokens=tokens,
-    )
-
-
-def drawn(seed: int = 0, rounds: int = 4, count: int = 6) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    w, g = rng.standard_normal((rounds, count, 20)), rng.standard_normal(20)
-    return w, g, rng.integers(3, 9, count).astype(float)
+from tests.analysis.grouping_tables import STARTS, drawn, of, table
 
 
 def dense(w: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -248,26 +224,6 @@ def test_curvature_along_a_stored_direction_equals_its_definition():
     )
     np.testing.assert_allclose(relative.sum((1, 2)), along)
     np.testing.assert_allclose(stderr, np.sqrt(np.var(whole, axis=0) * 5))
-
-
-def table(steps: int = 2) -> xr.Dataset:
-    rows = []
-    for seed in range(steps):
-        s = of(*drawn(seed, rounds=8))
-        row = {
-            "kernel": (("block", "sketch", "other_sketch"), s.kernel.astype(np.float32)),
-            "alignment": (("direction", "block", "sketch"), np.stack([s.alignment * np.nan, -s.alignment])),
-            "gradient_norm2": (("block",), s.norm2),
-            "sequence_tokens": (("sketch",), s.tokens[s.sequence]),
-        }
-        rows.append(xr.Dataset(row))
-    coords = {
-        "block": list(BLOCKS),
-        "direction": ["update", "negative_gradient"],
-        "step": [10 * i for i in range(steps)],
-    }
-    attributes = {"sketch_sequence": s.sequence.tolist(), "sketch_round": s.round.tolist()}
-    return xr.concat(rows, dim="step").assign_coords(coords).assign_attrs(attributes)
 
 
 def test_a_table_gives_every_answer_for_each_row():

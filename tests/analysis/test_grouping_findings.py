@@ -11,7 +11,7 @@ import xarray as xr
 from hessprobe.analysis import Finding
 from hessprobe.instruments.cross_layer.grouping.findings import grouping_findings
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, ranked_gains, study_groupings
-from tests.analysis.test_grouping import table as sketched_table
+from tests.analysis.grouping_tables import table as sketched_table
 
 BLOCKS = ("embedding", "block.0", "block.1", "head")
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from hessprobe.analysis import findings
 from hessprobe.instruments.cross_layer.section import cross_layer
 from hessprobe.reading.symmetry import LIMIT, asymmetric_rows, asymmetry
-from hessprobe.report.findings import findings
-from tests.analysis.test_coupling import table
+from tests.analysis.coupling_tables import table
 
 
 def log(gaps: list[float], failed: int | None = None) -> xr.Dataset:

@@ -10,6 +10,9 @@ import pytest
 
 from tests.report.runs import write_run
 
+pytestmark = pytest.mark.processes
+
+
 HEAVY = ("torch", "xarray", "zarr", "numpy", "pandas", "plotly", "matplotlib", "pydantic", "curvlinops")
 
 

@@ -18,6 +18,8 @@ from hessprobe.problem.objective import Objective
 from tests.cases import Case
 from tests.processes import on_processes
 
+pytestmark = pytest.mark.processes
+
 
 def near(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).norm() <= 1e-12 * wanted.norm())

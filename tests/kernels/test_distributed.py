@@ -7,6 +7,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -18,6 +19,9 @@ from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests.models import redraw, seeded
+
+pytestmark = pytest.mark.processes
+
 
 SECONDS = 60  # a hang ends the test, however busy the machine; it takes about 8 s
 

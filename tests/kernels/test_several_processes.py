@@ -26,6 +26,9 @@ from tests.cases import Case
 from tests.models import redraw, seeded
 from tests.processes import on_processes
 
+pytestmark = pytest.mark.processes
+
+
 CASES = ("decoder", "decoder_tied", "decoder_swiglu_layernorm", "layernorm")
 
 

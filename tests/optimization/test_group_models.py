@@ -16,7 +16,7 @@ from hessprobe.problem import objective as objectives
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests.cases import Case
-from tests.curvature.test_model_operator import AWKWARD, Kernel, awkward
+from tests.curvature.awkward_models import AWKWARD, Kernel, awkward
 from tests.models import IGNORED, Problem, labels, real, redraw
 from tests.optimization.linearised import displacement, local_models, named, vector
 from tests.oracles import relative_error

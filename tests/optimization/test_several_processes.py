@@ -22,6 +22,9 @@ from hessprobe.problem.partition import Partition
 from tests.models import labels, redraw, seeded
 from tests.processes import on_processes
 
+pytestmark = pytest.mark.processes
+
+
 STEPS = 3
 GAUSS_NEWTON = {
     "full_gn": {},

@@ -15,7 +15,7 @@ from hessprobe.instruments.gn_hessian.measure.traces import COST, KernelTraces, 
 from hessprobe.instruments.gn_hessian.table import ROUNDS
 from hessprobe.instruments.snapshot import Snapshot
 from tests.models import seeded
-from tests.probes.test_gn_hessian import case_of, probe, snapshot_of, truths
+from tests.probes.gn_hessian_truth import case_of, probe, snapshot_of, truths
 
 SEEDS = 120
 MEMORY = 2**29

@@ -204,6 +204,7 @@ def test_spread_takes_about_the_fraction_from_everywhere(sizes: list[int], fract
     assert first_half > 0
 
 
+@pytest.mark.processes
 def test_opening_needs_no_torch(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("text " * 50)

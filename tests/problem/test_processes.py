@@ -23,6 +23,8 @@ from tests import processes as processes_of_tests
 from tests.cases import Case
 from tests.processes import on_processes
 
+pytestmark = pytest.mark.processes
+
 
 def sums(processes: Processes) -> None:
     rank, count = processes.rank, processes.count

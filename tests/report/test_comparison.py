@@ -18,8 +18,8 @@ from hessprobe.comparison.compared import Comparison, compare
 from hessprobe.comparison.page import write_comparison
 from hessprobe.comparison.terminal import show_comparison
 from tests.analysis.comparison_runs import falling, write_losses, write_study
-from tests.report.test_odd_runs import HOSTILE
-from tests.report.test_page import numbers, script_json
+from tests.report.odd_text import HOSTILE
+from tests.report.page_reading import numbers, script_json
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +204,7 @@ class TestPage:
         assert not re.search(r"\b(nan|None|inf)\b", said)
 
 
+@pytest.mark.browser
 def test_in_a_browser_every_chart_shows_with_no_network_and_no_error(page):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -82,6 +82,7 @@ def test_they_are_saved_as_pdf_with_text_and_png(tmp_path):
     assert b"/Type3" not in written[0].read_bytes() and written[1].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.processes
 def test_the_script_prints_the_findings_and_the_files_it_wrote(study, tmp_path):
     call = [sys.executable, str(SCRIPT), str(study), "--target", "2", "--out", str(tmp_path / "figures")]
     done = subprocess.run(call, check=True, capture_output=True, text=True)
@@ -91,6 +92,7 @@ def test_the_script_prints_the_findings_and_the_files_it_wrote(study, tmp_path):
     assert "layerwise GN needs 1.302 ± 0.025 times as many steps as full GN" in done.stdout
 
 
+@pytest.mark.processes
 def test_the_script_answers_a_mistake_with_one_line(tmp_path):
     call = [sys.executable, str(SCRIPT), str(tmp_path / "none"), "--out", str(tmp_path)]
     done = subprocess.run(call, capture_output=True, text=True)

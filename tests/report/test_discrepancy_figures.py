@@ -19,10 +19,8 @@ from hessprobe.report.figure_set import save_drawings
 from hessprobe.report.several_runs import write_runs_report
 from hessprobe.report.terminal import show
 from tests.report.gn_hessian_runs import STEPS, Truth, write_gn_run
+from tests.report.page_reading import lines, numbers
 from tests.report.runs import write_run
-from tests.report.test_discrepancy_section import lines
-from tests.report.test_figures import quick  # noqa: F401  (a fixture)
-from tests.report.test_page import numbers
 
 SCRIPT = Path(__file__).parents[2] / "analyses" / "gauss_newton_versus_hessian.py"
 SOUND = [step for step in STEPS if step not in (12, 18)]
@@ -40,7 +38,7 @@ def table(written) -> xr.Dataset:
     return open_run(written[0])["gn_hessian"].to_dataset().sel(step=SOUND).load()
 
 
-def test_figures_draw_what_they_return(written, table, tmp_path, quick):  # noqa: F811
+def test_figures_draw_what_they_return(written, table, tmp_path, quick):
     run = open_run(written[0])
     figure, gap = figures.gap_over_training(run)
     np.testing.assert_array_equal(figure.axes[0].containers[0].lines[0].get_ydata(), table["gn_gap"])
@@ -69,7 +67,7 @@ def test_figures_draw_what_they_return(written, table, tmp_path, quick):  # noqa
     assert len(save_drawings(figures.discrepancy_drawings(run), tmp_path).written) == 12
 
 
-def test_the_script_prints_findings_and_files(written, tmp_path, quick, capsys):  # noqa: F811
+def test_the_script_prints_findings_and_files(written, tmp_path, quick, capsys):
     script = runpy.run_path(str(SCRIPT))
     assert script["main"]([str(written[0]), "--out", str(tmp_path / "figures")]) == 0
     said = capsys.readouterr().out

@@ -21,10 +21,9 @@ from hessprobe.report.figure_set import save_drawings
 from hessprobe.report.page import write_report
 from hessprobe.report.terminal import show
 from tests.report.gn_hessian_runs import ALPHAS, STEPS, Truth, add_gn_hessian, write_gn_run
+from tests.report.odd_text import HOSTILE
+from tests.report.page_reading import finding, lines, numbers, script_json
 from tests.report.runs import LAYERS, write_run
-from tests.report.test_figures import quick  # noqa: F401  (a fixture)
-from tests.report.test_odd_runs import HOSTILE
-from tests.report.test_page import finding, numbers, script_json
 
 SCRIPT = Path(__file__).parents[2] / "analyses" / "gauss_newton_versus_hessian.py"
 SOUND = [step for step in STEPS if step not in (12, 18)]
@@ -51,14 +50,6 @@ def dense(packed) -> np.ndarray:
     if isinstance(packed, dict):
         return numbers(packed).reshape([int(n) for n in packed.get("shape", str(-1)).split(",")])
     return np.array(packed, dtype=float)
-
-
-def lines(text: str, chart: str) -> dict[str, dict]:
-    return {
-        unescape(each["name"]): each
-        for each in script_json(text, "chart-data")[chart]["data"]
-        if "name" in each
-    }
 
 
 def section(text: str) -> str:
@@ -174,7 +165,7 @@ def test_a_missing_table_says_which_flag_records_it(tmp_path):
         ),
     ],
 )
-def test_few_and_odd_rows_give_a_page_a_show_and_figures(tmp_path, options, said, quick):  # noqa: F811
+def test_few_and_odd_rows_give_a_page_a_show_and_figures(tmp_path, options, said, quick):
     folder, _ = write_gn_run(tmp_path / "run", train_steps=2, **options)
     assert said in unescape(check_page(folder))
     show(folder, Console(file=StringIO(), width=80))

@@ -110,21 +110,6 @@ def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path):
     save(coupling_heatmap(run)[0], tmp_path, "coupling")
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Writing PDF embeds fonts and takes half a second a figure; where files are counted, their names are enough."""
-
-    def touched(figure, folder: Path, name: str) -> list[Path]:
-        assert figure.axes
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"{name}.pdf", folder / f"{name}.png"]
-        for path in paths:
-            path.touch()
-        return paths
-
-    monkeypatch.setattr("hessprobe.pictures.paper.save", touched)
-
-
 def test_every_figure_a_run_can_give_is_drawn_and_the_others_say_why(sketched, tmp_path, quick):
     found = save_figures(open_run(sketched), tmp_path / "all")
     names = {path.stem for path in found.written}
@@ -171,6 +156,7 @@ def test_the_script_saves_figures_and_prints_findings_and_files(run: Path, tmp_p
     assert "step 7 was not measured" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_the_script_answers_a_mistake_with_one_line(tmp_path):
     call = [sys.executable, str(SCRIPT), str(tmp_path / "none"), "--out", str(tmp_path)]
     result = subprocess.run(call, capture_output=True, text=True)

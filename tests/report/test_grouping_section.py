@@ -27,8 +27,8 @@ from hessprobe.instruments.cross_layer.grouping.study import study_groupings
 from hessprobe.pictures.paper import save
 from hessprobe.report.findings import findings
 from hessprobe.report.page import write_report
+from tests.report.page_reading import finding, numbers, script_json
 from tests.report.runs import LAYERS, write_run
-from tests.report.test_page import finding, numbers, script_json
 
 Groups = list[tuple[int, ...]]
 K = len(LAYERS)

@@ -27,10 +27,10 @@ from hessprobe.report.figure_set import save_drawings, save_figures
 from hessprobe.report.page import write_report
 from hessprobe.report.several_runs import write_runs_report
 from hessprobe.report.terminal import show
+from tests.report.odd_text import HOSTILE
+from tests.report.page_reading import finding, numbers, script_json
 from tests.report.preconditioner_runs import write_preconditioner_run
 from tests.report.runs import write_run
-from tests.report.test_odd_runs import HOSTILE
-from tests.report.test_page import finding, numbers, script_json
 
 SCRIPT = Path(__file__).parents[2] / "analyses" / "preconditioner_quality.py"
 CHARTS = {

@@ -18,9 +18,9 @@ from hessprobe.errors import UserError
 from hessprobe.reading.trend import standard_errors_of_largest
 from hessprobe.report.differences import coupling_difference, differences, labels, runs_beside
 from hessprobe.report.several_runs import write_runs_report
+from tests.report.odd_text import HOSTILE
+from tests.report.page_reading import numbers, script_json
 from tests.report.runs import LAYERS, write_run
-from tests.report.test_odd_runs import HOSTILE
-from tests.report.test_page import numbers, script_json
 
 
 @pytest.fixture(scope="module")

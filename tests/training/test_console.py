@@ -11,14 +11,7 @@ from rich.console import Console
 
 from hessprobe.measuring.console import RunConsole
 from hessprobe.measuring.row_recorder import Measurement
-from hessprobe.optimization.report import StepReport
-
-
-def report(**changes) -> StepReport:
-    return StepReport(**{
-        "outcome": "accepted", "loss": 5.5, "gradient_norm": 1.0, "update_norm": 0.1, "tokens": 8,
-        "gradient_equivalents": 2.0, **changes,
-    })  # fmt: skip
+from tests.training.step_reports import report
 
 
 def measurement(**changes) -> Measurement:

@@ -28,7 +28,7 @@ from hessprobe.training.optimizers import (
 )
 from hessprobe.training.train_row import Totals, layout, train_row
 from tests.training.runs import attributes, recipe, text_file
-from tests.training.test_console import report
+from tests.training.step_reports import report
 
 CPU = torch.device("cpu")
 

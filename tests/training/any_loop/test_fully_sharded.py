@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,6 +17,9 @@ from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.store.reader import open_run
 from tests.models import redraw, seeded
 from tests.processes import on_processes
+
+pytestmark = pytest.mark.processes
+
 
 STEPS = 3
 PROBE = {"cross_layer": {"sequences": 8, "rounds": 2}}

@@ -22,35 +22,16 @@ import hessprobe as hp
 from hessprobe.any_loop.recorder import Recorder
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
-from hessprobe.instruments.snapshot import Probe, Row, Snapshot
+from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import CrossLayerRecipe
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
 from hessprobe.store.writer import RunWriter
 from tests.training.any_loop.loops import LOOPS, Loop, _plain, batches, build, plain, run
+from tests.training.any_loop.watching import Seen, assert_untouched
 from tests.training.runs import assert_same_rows, attributes, tables
 
 CROSS_LAYER = {"cross_layer": {"sequences": 8}}
-MEASURED = [v.name for v in MEASUREMENT_VARIABLES if v.name not in ("seconds", "peak_memory")]
-
-
-class Seen(Probe):
-    """Measures the loss and keeps what it was shown."""
-
-    name, every, sequences, needs_optimizer = "seen", 1, 8, True
-
-    def __init__(self, keep: bool = True) -> None:
-        self.keep, self.snapshots = keep, []
-
-    def table(self, partition: Partition) -> Table:
-        return Table(name=self.name, variables=MEASUREMENT_VARIABLES, coordinates={})
-
-    def measure(self, snapshot: Snapshot) -> Row:
-        loss, _ = snapshot.objective.gradient(snapshot.batches, snapshot.partition, snapshot.named_parameters)
-        if self.keep:
-            self.snapshots.append(snapshot)
-        return {**dict.fromkeys(MEASURED, 1.0), "symmetry_gap": 0.0, "loss": loss}
 
 
 class Clumsy(Seen):
@@ -78,10 +59,6 @@ def recorder(folder: Path, loop: Loop, probes: Any = CROSS_LAYER, **options: Any
 def heard(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Returns what was logged, but for the note on the batch statistics of these loops' models."""
     return [record for record in caplog.records if "another function" not in record.getMessage()]
-
-
-def assert_untouched(found: dict[str, Any], bare: dict[str, Any]) -> None:
-    torch.testing.assert_close(found, bare, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", LOOPS)

@@ -33,8 +33,11 @@ from hessprobe.store.writer import RunWriter
 from tests.models import redraw, seeded
 from tests.processes import on_processes
 from tests.training.any_loop.loops import Loop, footprint
-from tests.training.any_loop.test_recorder import Seen, assert_untouched
+from tests.training.any_loop.watching import Seen, assert_untouched
 from tests.training.runs import CLOCK, attributes, tables
+
+pytestmark = pytest.mark.processes
+
 
 COUNT = 4
 VOCABULARY, LENGTH = 6, 4

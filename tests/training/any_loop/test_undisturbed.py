@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hessprobe as hp
-from tests.problem.test_measuring import STATES, D, Looped, Net, Recurrent, Stateful, TwoNames, V
+from tests.problem.stateful_models import STATES, D, Looped, Net, Recurrent, Stateful, TwoNames, V
 
 PROBES: list[Any] = ["cross_layer", {"gn_hessian": {"samples": 2, "lanczos_steps": 2, "cg_iterations": 2}}]
 

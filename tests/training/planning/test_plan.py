@@ -228,6 +228,7 @@ def test_three_steps_of_a_shrunken_copy(tmp_path, small_tokenizer, name, method)
     assert (table.line_search_tokens.values[-1] > 0) == method.endswith("_gn")
 
 
+@pytest.mark.processes
 def test_dry_run_prints_and_makes_nothing(tmp_path):
     call = [sys.executable, "-m", "hessprobe", "train", "paper_45m", "--dry-run", "--optimizer", "soap"]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
