@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hessprobe import cli
+from tests.checkpoints.hugging_face import labelled_file, save_model, save_tokenizer, saved
 from tests.command_answers import Answer, Command, contents, refused
-from tests.training.probing.hugging_face import labelled_file, save_model, save_tokenizer, saved
 from tests.training.runs import attributes, tables, text_file, tiny
 
 FEW = ["--probe", "cross_layer", "--sequences", "6", "--context", "12"]

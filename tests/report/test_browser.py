@@ -18,9 +18,9 @@ from hessprobe.analysis import open_run
 from hessprobe.instruments.cross_layer.answers import coupling
 from hessprobe.report.page import write_report
 from hessprobe.report.several_runs import write_runs_report
-from tests.report.gn_hessian_runs import add_gn_hessian
+from tests.instruments.gn_hessian.runs import add_gn_hessian
+from tests.instruments.preconditioner.runs import write_preconditioner_run
 from tests.report.odd_text import HOSTILE
-from tests.report.preconditioner_runs import write_preconditioner_run
 from tests.report.runs import LAYERS, write_long_run, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
