@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 def free_folder(name: str) -> Path:
     """Returns runs/NAME, or the first of NAME-2, NAME-3, ... under runs/ that holds no run, nor runs."""
-    number, folder = 1, Path("runs") / name
+    wanted = Path("runs") / name
+    number, folder = 1, wanted
     while (folder / "log.zarr").exists() or (folder / "recipe.toml").exists():
         number += 1
-        folder = Path("runs") / f"{name}-{number}"
+        folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
 
 
