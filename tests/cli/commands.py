@@ -1,10 +1,14 @@
-"""How a command ended, what it wrote, and what a refusal must look like."""
+"""A command called in this process, and what its answer should be: exit code, results on stdout, one line on stderr."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
+
+from hessprobe.cli import main
 
 
 class Answer(NamedTuple):
@@ -16,6 +20,18 @@ class Answer(NamedTuple):
 
 
 Command = Callable[..., Answer]
+
+
+def answered(
+    words: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Answer:
+    """Returns how `hessprobe WORDS...` ends."""
+    monkeypatch.setattr("sys.argv", ["hessprobe", *words])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main()
+        raise SystemExit(0)
+    return Answer(int(end.value.code or 0), *capsys.readouterr())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

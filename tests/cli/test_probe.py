@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hessprobe import cli
+from hessprobe.cli import main
 from tests.checkpoints.hugging_face import labelled_file, save_model, save_tokenizer, saved
-from tests.command_answers import Answer, Command, contents, refused
+from tests.cli.commands import Answer, Command, answered, contents, refused
 from tests.training.runs import attributes, tables, text_file, tiny
 
 FEW = ["--probe", "cross_layer", "--sequences", "6", "--context", "12"]
@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr("hessprobe.report.page.write_report", lambda run, out=None: run)
         patch.setattr("sys.argv", words)
-        cli.main()
+        main()
     assert not end.value.code
     shutil.copytree(root / "a", root / "wide")
     stored = (root / "wide" / "recipe.toml").read_text()
@@ -70,11 +70,7 @@ def hessprobe(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     def run(*words: str) -> Answer:
         named = [str(made / word[1:]) if word.startswith("@") else word for word in words]
-        monkeypatch.setattr("sys.argv", ["hessprobe", "probe", *named])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return Answer(int(end.value.code or 0), *capsys.readouterr())
+        return answered(["probe", *named], monkeypatch, capsys)
 
     return run
 
@@ -97,12 +93,8 @@ def test_a_runs_folder_is_measured_on_its_own_data_and_reported(hessprobe, made)
 
 def test_there_is_no_training_to_resume_in_what_was_measured(hessprobe, monkeypatch, capsys):
     assert hessprobe("@a", "--probe", "cross_layer").code == 0
-    capsys.readouterr()
-    monkeypatch.setattr("sys.argv", ["hessprobe", "train", "--resume", "--out", "runs/nano-probe"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    assert "runs/nano-probe holds checkpoints measured by hessprobe probe" in capsys.readouterr().err
+    answer = answered(["train", "--resume", "--out", "runs/nano-probe"], monkeypatch, capsys)
+    refused(answer, "runs/nano-probe holds checkpoints measured by hessprobe probe")
 
 
 def test_what_was_measured_is_kept_when_it_is_stopped(hessprobe, monkeypatch):
