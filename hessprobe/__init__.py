@@ -35,7 +35,7 @@ _HOMES = {
     "LayerKernels": "kernels.layer_kernels",
     "Objective": "problem.objective",
     "Partition": "problem.partition",
-    "Recorder": "training.any_loop.recorder",
+    "Recorder": "any_loop.recorder",
     "Residual": "curvature.residual",
     "RunFailed": "errors",
     "SpectralDensity": "estimation.density",

@@ -16,12 +16,12 @@ import typer.main
 
 import hessprobe as hp
 import hessprobe.analysis
-from hessprobe import cli
-from hessprobe.instruments.train.table import train_table
+from hessprobe.cli.app import app
 from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes
 from hessprobe.recipe import PROBES, Recipe, build_recipe
 from hessprobe.schema.section import Section
 from hessprobe.schema.table import FAILURE, RECORDED, STEP, Table
+from hessprobe.training.train_row import layout
 
 FILE = Path(__file__).with_name("public_names.txt")
 HEADINGS = {
@@ -60,7 +60,7 @@ def imported() -> Iterator[str]:
 
 def called() -> Iterator[str]:
     """Yields every command with its arguments and flags, as a shell is given them."""
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(app)
     found = {"hessprobe": command} | {
         f"hessprobe {name}": c for name, c in getattr(command, "commands", {}).items()
     }
@@ -91,7 +91,7 @@ def logged() -> Iterator[str]:
     for given in RECIPES:
         recipe, log = build_recipe({**given, "probes": list(PROBES)}), Declared()
         ProbeRecorder(log, build_probes(recipe), partition, 1)  # type: ignore[arg-type]
-        for table in (train_table(recipe.optimizer), *log.tables):
+        for table in (layout(recipe.optimizer), *log.tables):
             yield from (f"{table.name}.{name}" for name in (STEP, RECORDED, FAILURE, *table.coordinates))
             yield from (f"{table.name}.{v.name} ({', '.join(v.dims)})" for v in table.variables)
 

@@ -68,7 +68,7 @@ BEYOND: dict[str, set[str]] = {
     ),
 }  # fmt: skip
 # The doors: lazy names, the command line and `python -m` may reach anything, but see the last two tests.
-DOORS = {"__init__", "__main__", "cli", "analysis", "testing"}
+DOORS = {"__init__", "__main__", "cli", "analysis"}
 # Where torch is imported at all; everything else runs where there is none.
 WITH_TORCH = {
     "machine", "problem", "models", "text", "curvature", "estimation", "kernels", "optimization", "instruments/measure",
