@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
                  "store.schema", "store.writer"},
     "integrations": {"training", "probes"},
     "analysis": {"store"},
-    "report": {"analysis", "store"},
+    "pictures": {"reading", "store"},
+    "report": {"analysis", "store", "pictures"},
     # Looks at everything, and only the command line knows it (see the test below).
     "validation": {"recipe", "problem", "curvature", "kernels", "estimation", "optimization", "store", "probes", "training",
                    "analysis", "report"},
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
 BEYOND = {"kernels": {"estimation"}}
 # The doors: lazy names, the command line and `python -m` may reach anything, but see the last two tests.
 DOORS = {"__init__", "__main__", "cli"}
-WITHOUT_TORCH = ("errors", "recipe", "store", "analysis", "report")
+WITHOUT_TORCH = ("errors", "recipe", "store", "analysis", "pictures", "report")
 
 
 class Import(NamedTuple):
