@@ -115,7 +115,7 @@ def _write_runs_page(runs: list[Path], out: Path | None) -> Path:
 
 def _write_figures(runs: list[Path], folder: Path) -> None:
     from hessprobe.analysis import load_run
-    from hessprobe.report.differences import labels
+    from hessprobe.reading.labelled import labels
     from hessprobe.report.figure_set import save_figures
 
     for run, label in zip(runs, labels(runs), strict=True):

@@ -13,6 +13,7 @@ import xarray as xr
 
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.reading.finding import Finding
+from hessprobe.reading.labelled import labels
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.trend import standard_errors_of_largest
@@ -92,13 +93,6 @@ def _upto_common_step(
     return [
         None if t is None else t.isel(step=np.flatnonzero(t["step"].values <= common)) for t in tables
     ], common
-
-
-def labels(paths: Sequence[Path]) -> list[str]:
-    """Returns a name for each run that no other has: its folder's, or with a number where two are the same."""
-    folders = [path.resolve() for path in paths]
-    names = [folder.parent.name if folder.name == "log.zarr" else folder.name for folder in folders]
-    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
 # Name of a finding -> what its number is, and how it and a difference of two are written.
