@@ -14,6 +14,7 @@ import torch
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
+from hessprobe.instruments.row_variables import CHECK_VARIABLES
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.machine.devices import peak_memory, reset_peak_memory
 from hessprobe.machine.processes import ProcessLost
@@ -21,7 +22,7 @@ from hessprobe.measuring.failures import reason_of
 from hessprobe.measuring.schedule import Every, Schedule
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
-from hessprobe.schema.table import CHECK_VARIABLES, Table
+from hessprobe.schema.table import Table
 
 CHECKED = tuple(variable.name for variable in CHECK_VARIABLES)
 

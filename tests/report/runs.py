@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable
+from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
+from hessprobe.schema.table import Table, Variable
 from hessprobe.store.writer import RunWriter
 
 LAYERS = ("embedding", *(f"block.{i}" for i in range(4)), "head")

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable, declared
+from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
+from hessprobe.schema.table import Table, Variable, declared
 
 # A dimension of this table, where the others hold one number per row.
 _MEASUREMENT = tuple(variable for variable in MEASUREMENT_VARIABLES if variable.name != "damping")
