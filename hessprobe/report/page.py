@@ -15,7 +15,6 @@ from typing import Any
 
 import plotly.io
 import xarray as xr
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -30,6 +29,7 @@ from hessprobe.reading.load_run import load_run
 from hessprobe.reading.wording import percent, plus_minus
 from hessprobe.report.findings import findings
 from hessprobe.report.provenance import provenance, said_time
+from hessprobe.report.rendering import environment_of, source
 from hessprobe.report.summary import findings_json, summary_markdown
 
 PAGE = "report.html"
@@ -103,13 +103,7 @@ def render_page(
     reading: str = "reading.html.j2",
 ) -> str:
     """Returns a page as HTML text: findings, sections in their order, and the template on how to read it."""
-    environment = Environment(
-        loader=PackageLoader("hessprobe.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = environment_of("hessprobe.report")
     environment.filters |= {"percent": percent, "number": plus_minus}
     return environment.get_template("page.html.j2").render(
         name=name,
@@ -120,7 +114,7 @@ def render_page(
         subtitle=subtitle,
         charts=_script_json(sections),
         frames={section.name: section.frames for section in sections if section.frames},
-        source=_source,
+        source=source,
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -132,11 +126,6 @@ def _script_json(sections: Sequence[Section]) -> Markup:
         f"{json.dumps(name)}:{plotly.io.to_json(figure, validate=False)}" for name, figure in charts.items()
     )
     return Markup("{" + ",".join(entries) + "}")
-
-
-def _source(name: str) -> Markup:
-    """Returns a file of this package's templates as it stands (our own style and script, no user's text)."""
-    return Markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
 
 
 def _subtitle(attributes: Mapping[Any, Any], now: datetime) -> list[str]:
