@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.curvature.forward_mode import NoForwardMode
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
 from hessprobe.errors import UserError, unknown_name
@@ -142,18 +143,18 @@ class ModelOperator(CurvatureOperator):
             return t.detach()
 
         own = {p.untyped_storage().data_ptr() for p in self.objective.model.parameters()}
-        largest = 0
+        largest, vector = 0, self.size * self.dtype.itemsize
         for batch in self.pieces:
             seen.clear()
             with measuring(self.objective.model), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
                 z = self.objective.outputs(batch, self.leaves())
                 saved = sum(size for pointer, size in seen.items() if pointer not in own)
-            largest = max(largest, saved + 2 * z.numel() * z.element_size())
-        return largest + 3 * self.size * self.dtype.itemsize
+            largest = max(largest, cost.bytes_per_row(saved, z.nbytes, vector))
+        return largest or cost.bytes_per_row(0, 0, vector)
 
     def rows_at_once(self, k: int) -> int:
         """Returns how many of k rows fit in the memory bound together."""
-        return 1 if k == 1 else min(k, max(1, self.memory // self.bytes_per_row))
+        return 1 if k == 1 else cost.rows_at_once(k, self.memory, self.bytes_per_row)
 
     def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         return self._total(lambda: self._own(v, columns, rows))

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hessprobe.curvature.cost import passes
 from hessprobe.problem.objective import Batch, Objective
 
 # torch's losses by family, summed, and what makes their Hessians the family's: MSELoss sums |z - y|^2, we half of it.
@@ -104,7 +105,7 @@ class SummedOutputs(nn.Module):
         for module in {name.rpartition(".")[0] for name in names}:
             linear = cast("nn.Linear", self.model.get_submodule(module))
             products += self.forwards * linear.in_features**2 + self.backwards * linear.out_features**2
-        return (self.forwards + 2 * self.backwards + products / weights) / 3
+        return passes(self.forwards, 2 * self.backwards, products / weights)
 
 
 def module_of(name: str) -> tuple[str, str]:

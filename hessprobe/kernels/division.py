@@ -21,7 +21,7 @@ from hessprobe.problem.measuring import with_parameters
 from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import PeerFailed
+from hessprobe.problem.processes import PeerFailed, together
 from hessprobe.problem.shares import Share, is_sharded
 
 # Divisions go at least so far, whatever a micro-batch's size: with each, half as much is held.
@@ -100,6 +100,7 @@ def gathered(
     everyone = processes.gathered(sizes) if sharded else [sizes]
     cuttable: list[bool] = []
 
+    @together(lambda _: processes)  # a process out of memory is one for all to try again
     def attempt(division: int) -> Gathered:
         if division > 1 and not cuttable:
             largest = max(shares, key=lambda own: own.stop - own.start).batch
@@ -157,10 +158,6 @@ def gathered(
                 division=division,
             )
 
-    def in_step(division: int) -> Gathered:
-        with processes.together():  # a process out of memory is one for all to try again
-            return attempt(division)
-
     most = max(LEAST_MEMORY, *counts)
     refusal = (
         f"out of memory: {sum(counts) * rounds} sketches of {partition.size:,} parameters do not fit, not even with one "
@@ -168,7 +165,7 @@ def gathered(
         f"held, 1/{most} of memory={memory:,}; measure fewer sequences or rounds (cross_layer.sequences, "
         "cross_layer.rounds), a shorter context, smaller micro-batches, or free memory on the model's device"
     )
-    return within_memory(in_step, most, refusal, division)
+    return within_memory(attempt, most, refusal, division)
 
 
 def within_memory(attempt: Callable[[int], Result], most: int, refusal: str, division: int = 1) -> Result:

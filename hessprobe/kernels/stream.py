@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.kernels.features import Piece
 from hessprobe.kernels.grams import Grams, Held
 from hessprobe.kernels.leaves import Leaves
@@ -162,7 +163,7 @@ class Stream:
             among=[*[0] * (self.passes[number] - count), *range(count)],  # what is repeated is overwritten
         )
         backward = self.rounds * (count if self.plan.how == MASKED else 1)
-        self.gradients += self.share(number) * (1 + 2 * backward) / 3
+        self.gradients += self.share(number) * cost.passes(1, 2 * backward)
 
 
 class _Sweep:
@@ -238,7 +239,7 @@ class _Sweep:
                 mine.inputs[-1] = kept[key]
         here = len(self.taps) / max(1, len(stream.plan.taps))
         backward = stream.rounds * ((1 + here) if taps else 0)  # activations' whole, weights' for these taps
-        stream.gradients += stream.share(number) * (1 + backward) / 3
+        stream.gradients += stream.share(number) * cost.passes(1, backward)
         return drawn
 
     def _choose(self, seen: Mapping[int, Seen]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -11,13 +10,14 @@ from torch import Tensor
 
 from hessprobe.curvature.diagonal import sampled_diagonal
 from hessprobe.errors import RunFailed, UserError, unknown_name
+from hessprobe.machine.seeds import generator_of
 from hessprobe.optimization.inner_solver import REFRESH, SOLVERS, FirstOrder, hidden_matrices, refresh_of
 from hessprobe.optimization.kfac import DAMPING, KFAC, TRUST
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.schedule import learning_rate_factor
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ProcessLost
+from hessprobe.problem.processes import ProcessLost, together
 
 BASELINES = (*SOLVERS, "kfac", "ekfac")
 BASELINE_REFRESH = {**REFRESH, "kfac": 1, "ekfac": 1}
@@ -101,6 +101,7 @@ class FirstOrderOptimizer:
                 weight_decay=weight_decay,
             )
 
+    @together(lambda self, *_, **__: self.objective.processes)
     def step(self, batches: list[Batch], line_search_batches: list[Batch] | None = None) -> StepReport:
         """Takes one outer step; line-search data is not read.
 
@@ -110,10 +111,6 @@ class FirstOrderOptimizer:
             UserError: no minibatch.
             PeerFailed, ProcessLost: of several processes another one failed, or died (see Processes.together).
         """
-        with self.objective.processes.together():
-            return self._step(batches)
-
-    def _step(self, batches: list[Batch]) -> StepReport:
         if not batches:
             raise UserError("an optimizer step needs at least one minibatch")
         before = self.partition.vector(self.objective.model)
@@ -181,8 +178,7 @@ class FirstOrderOptimizer:
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """Returns a generator that depends on the seed and the number of steps taken alone."""
-        key = hashlib.sha256(f"{self.seed}/labels/{self.taken}".encode()).digest()[:8]
-        return torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+        return generator_of(self.seed, "labels", self.taken, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the clock and the optimizer's state, for a checkpoint."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessprobe.curvature import cost as cost_of
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.optimization.group_models import LocalModels
 from hessprobe.optimization.inner_problem import GaussNewtonSettings, groups_of
@@ -31,6 +32,7 @@ from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.schedule import learning_rate_factors
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition, unwrapped
+from hessprobe.problem.processes import together
 
 CUT = 4  # an inner solve that fails is done again at a learning rate cut by this, or a damping raised by it
 FIRST_DAMPING = 1e-2  # what a retry takes where there was none
@@ -120,6 +122,7 @@ class GaussNewton:
                 for names in self.local.groups
             ]
 
+    @together(lambda self, *_, **__: self.objective.processes)
     def step(
         self, batches: Batch | list[Batch], line_search_batches: Batch | list[Batch] | None = None
     ) -> StepReport:
@@ -144,12 +147,6 @@ class GaussNewton:
             UserError: no minibatch, or none with a target.
             PeerFailed, ProcessLost: of several processes another one failed, or died (see Processes.together).
         """
-        with self.objective.processes.together():
-            return self._step(batches, line_search_batches)
-
-    def _step(
-        self, batches: Batch | list[Batch], line_search_batches: Batch | list[Batch] | None
-    ) -> StepReport:
         listed = self._listed(batches)
         judged = listed if line_search_batches is None else self._listed(line_search_batches)
         theta = self.partition.vector(self.objective.model)
@@ -159,7 +156,7 @@ class GaussNewton:
         direction = solution.delta if solution.finite else torch.zeros_like(theta)
         grid = self.grid if solution.finite else ()
         found = search(self.objective, self.partition, theta, direction, judged, grid)
-        cost = solution.cost + (len(grid) + 1) / 3 * len(judged)  # a forward pass is a third of a gradient
+        cost = solution.cost + cost_of.line_search(len(grid)) * len(judged)
         move = found.step_size * direction
         promised = 0.0 if self.settings.predict else math.nan
         if found.step_size:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.curvature.linearisation import Linearisation, NotLinearisable
 from hessprobe.errors import UserError
 from hessprobe.optimization.local_model import (
@@ -67,7 +68,7 @@ class LocalModels:
     def cost(self) -> float:
         """Gradients that `gradients` costs, by operation count, for groups of equal work."""
         k = len(self.groups)
-        return (k + 6) / 3 if self.engine == "shared" else k * product_cost(k)
+        return cost.linearised_gradients(k) if self.engine == "shared" else k * cost.dual_pass(k)
 
     def gradients(self, batch: Batch, theta: Tensors, delta: Tensors) -> list[LocalGradient]:
         """Returns every group's model at its part of delta, on one minibatch, all linearised at theta.
@@ -163,14 +164,6 @@ class LocalModels:
             )
             for value, one in zip(sums, own, strict=True)
         ]
-
-
-def product_cost(groups: int) -> float:
-    """Returns the gradients that one group's dual and reverse pass costs: the mean over groups of equal work.
-
-    Torch multiplies by the zero tangents of a later layer's matrices too: 1 forward, not 1/2, for a group in the middle.
-    """
-    return 5 / 6 * (1 + 1 / groups)
 
 
 def _nothing(theta: Tensors, names: Names) -> LocalGradient:

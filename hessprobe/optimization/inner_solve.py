@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hessprobe.curvature.cost import dual_pass
 from hessprobe.curvature.gauss_newton import GaussNewton as Curvature
 from hessprobe.optimization.conjugate_gradient import INDEFINITE, NOT_FINITE, conjugate_gradient
-from hessprobe.optimization.group_models import LocalModels, product_cost
+from hessprobe.optimization.group_models import LocalModels
 from hessprobe.optimization.inner_problem import Group
 from hessprobe.optimization.inner_solver import FirstOrder
 from hessprobe.problem.objective import Batch, Objective
@@ -181,7 +182,7 @@ def conjugate_gradient_solution(
         losses=tuple(float(loss) + sum(column) / len(groups) for column in zip(*values, strict=True)),
         gradient_norm=norm,
         iterations=most,
-        cost=len(batches) * (1 + products * product_cost(len(groups))),
+        cost=len(batches) * (1 + products * dual_pass(len(groups))),
         residual=math.sqrt(squares) / norm if norm else math.nan,
         trouble=NOT_FINITE if not finite or NOT_FINITE in troubles else next(iter(troubles), ""),
     )

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.curvature.along import curvature_along
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
@@ -93,16 +94,12 @@ class CrossLayerProbe(Probe):
         if kernels is not None:
             norms = kernels
         elif self.recipe.uses_kernels:
-            # Forward, activations' backward and weights' gradients a round; a Gram matrix is m^2 p multiply-adds, where
-            # a gradient is 3 p a token.
-            norms = sum((1 + 2 * rounds) / 3 for rounds in self.recipe.attempts)
+            norms = sum(cost.layer_kernels(rounds) for rounds in self.recipe.attempts)
         else:
-            a_product, once = {"gauss_newton": (4, 2), "hessian": (6, 3), "residual": (10, 5)}[
-                self.recipe.matrix
-            ]
-            norms = layers * (a_product * self.recipe.samples + once) / 3
-        tangents = 1 + len(DIRECTIONS) * (layers + 3) / 6  # of one linearisation
-        return norms + tangents + 1 + (4 * 2 + 2) / 3  # and the gradient, and the symmetry check
+            norms = cost.products(self.recipe.matrix, self.recipe.samples, times=layers)
+        along = cost.curvature_along(len(DIRECTIONS), layers)
+        symmetry = cost.products("gauss_newton", 2)
+        return norms + along + 1 + symmetry  # 1: the gradient
 
     def vectors(self, partition: Partition) -> float:
         # Gradient, update and the other way, then the symmetry check's two rows, or a block's probes, and their products.

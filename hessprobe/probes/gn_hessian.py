@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
 from hessprobe.curvature.model_operator import DEFAULT_MEMORY
@@ -95,17 +96,13 @@ class GNHessianProbe(Probe):
         recipe, layers = self.recipe, len(partition)
         if traces is None:
             traces = COST if self._knows_traces(self.sequences) else 0.0
-        g, h = 4 / 3, 2.0  # a product of G; one of H, or of R
-        share = (
-            1 + 1 / layers
-        ) / 2  # of a product restricted to the mean block: nothing is computed below it
-        graphs = 3 + (layers + 3) / 6 + 2 / 3  # made once, and J compared with its transpose
+        g, h, share = cost.gauss_newton_products(), cost.HESSIAN_PRODUCT, cost.mean_block(layers)
         norms = (recipe.samples + recipe.block_samples * layers * share) * (g + h)
         krylov = recipe.lanczos_steps * recipe.lanczos_probes
         densities = krylov * (1 + share * len(set(recipe.density_blocks))) * (g + 2 * h)
         solve = g * (1 + (recipe.cg_iterations if step is None else step.iterations))
-        along = len(DIRECTIONS) * (1 + h) + len(LADDER_DIRECTIONS) * len(recipe.alphas) / 3
-        return 1 + graphs + traces + norms + densities + solve + along
+        along = len(DIRECTIONS) * (1 + h) + len(LADDER_DIRECTIONS) * cost.passes(len(recipe.alphas), 0)
+        return 1 + cost.graphs(layers) + traces + norms + densities + solve + along
 
     def vectors(self, partition: Partition) -> float:
         recipe, together = self.recipe, self._starts_at_once(partition.size)

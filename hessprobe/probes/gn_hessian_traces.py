@@ -10,15 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
+from hessprobe.curvature.cost import layer_kernels as layer_kernels_cost
 from hessprobe.errors import RunFailed
 from hessprobe.estimation.sampling import Estimate
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.verification import tokens_of, verified_plan
 from hessprobe.probes.probe import Snapshot
+from hessprobe.problem.processes import together
 
 ROUNDS = 4
-COST = (1 + 2 * ROUNDS) / 3  # gradients of the batch, where every parameter has a fast path
+COST = layer_kernels_cost(ROUNDS)
 # Traces need no pairs of sequences, so only as many tokens go together as fill the device (however many processes share
 # them: the signs must not depend on that): nothing is held for long, and Gram matrices stay small.
 TOKENS_TOGETHER = {"cpu": 1024, "cuda": 8192}
@@ -64,14 +66,14 @@ class TraceKernels:
         if self._refused:
             return None
         try:
-            with snapshot.objective.processes.together():
-                return self._measured(snapshot, generator)
+            return self._measured(snapshot, generator)
         except RunFailed:  # another process is gone: nothing can go on
             raise
         except (ValueError, RuntimeError, NotImplementedError, LookupError, TypeError, MemoryError):
             self._refused = True
             return None
 
+    @together(lambda _, snapshot, __: snapshot.objective.processes)
     def _measured(self, snapshot: Snapshot, generator: torch.Generator) -> KernelTraces:
         objective, found = snapshot.objective, []
         if self._plan is None:

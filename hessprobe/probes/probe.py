@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessprobe.machine.seeds import generator_of
 from hessprobe.optimization.running import RunningOptimizer
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
@@ -48,8 +48,7 @@ class Snapshot:
 
     def generator(self, purpose: str) -> torch.Generator:
         """Returns a generator that depends on (seed, purpose, step) alone, on the CPU."""
-        key = hashlib.sha256(f"{self.seed}/{purpose}/{self.step}".encode()).digest()[:8]
-        return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        return generator_of(self.seed, purpose, self.step)
 
 
 class Probe:

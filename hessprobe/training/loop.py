@@ -17,7 +17,7 @@ from hessprobe.problem.corpus import Corpus
 from hessprobe.problem.hub_corpus import HubCorpus
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ALONE, Processes
+from hessprobe.problem.processes import ALONE, Processes, together
 from hessprobe.recipe import Recipe
 from hessprobe.training.checkpoint import load_checkpoint, load_start, save_checkpoint
 from hessprobe.training.ending import Diverged, RunEnd
@@ -31,6 +31,7 @@ from hessprobe.training.setup import build_model, check_same_text, check_shares,
 from hessprobe.training.train_table import Totals, train_row, train_table
 
 
+@together(lambda *_, processes=ALONE, **__: processes)
 def train(recipe: Recipe, folder: Path, *, resume: bool = False, processes: Processes = ALONE) -> RunEnd:
     """Runs a recipe into folder/log.zarr and folder/checkpoint.
 
@@ -44,11 +45,6 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, processes: Proc
         Diverged: the loss is not finite; the log up to that step is kept.
         RunFailed: a stream of data broke off, or a process died.
     """
-    with processes.together():
-        return _train(recipe, folder, resume, processes)
-
-
-def _train(recipe: Recipe, folder: Path, resume: bool, processes: Processes) -> RunEnd:
     check_loggers(recipe.loggers)
     check_shares(recipe, processes)
     if recipe.training.threads:

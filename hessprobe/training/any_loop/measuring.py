@@ -21,7 +21,7 @@ from hessprobe.optimization.running import RunningOptimizer
 from hessprobe.probes.probe import Probe, Snapshot
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ProcessLost
+from hessprobe.problem.processes import ProcessLost, together
 from hessprobe.problem.row_checks import UNCHECKED, Checked, RowChecks
 from hessprobe.problem.shares import is_sharded
 from hessprobe.training.any_loop.meeting import Meeting, OutOfStep, Part
@@ -117,21 +117,21 @@ class Measuring:
             raise
         return found
 
+    @together(lambda self, *_: self.processes)
     def _row(self, probe: Probe, snapshot: Snapshot, checked: Checked) -> Measurement:
-        with self.processes.together():
-            start = time.perf_counter()
-            try:
-                own = snapshot.batches
-                if not self.sharded or self.processes.count == 1:  # else each has brought its part of them
-                    own = first_sequences(self.objective, own, probe.sequences)
-            except UserError as error:  # they cannot be cut, in no process
-                return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
-            try:
-                return self.recorder.record(probe, replace(snapshot, batches=own), checked.row)
-            except UserError:  # a full disk
-                raise
-            except ValueError as error:  # a row that does not fit the probe's own table
-                return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
+        start = time.perf_counter()
+        try:
+            own = snapshot.batches
+            if not self.sharded or self.processes.count == 1:  # else each has brought its part of them
+                own = first_sequences(self.objective, own, probe.sequences)
+        except UserError as error:  # they cannot be cut, in no process
+            return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
+        try:
+            return self.recorder.record(probe, replace(snapshot, batches=own), checked.row)
+        except UserError:  # a full disk
+            raise
+        except ValueError as error:  # a row that does not fit the probe's own table
+            return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
 
     def _snapshot(
         self, step: int, due: Sequence[Probe], batch: Any, trained: Any
