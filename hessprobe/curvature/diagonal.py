@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.problem.losses import Loss
+from hessprobe.problem.mean_loss import pull_back
 from hessprobe.problem.measuring import measuring, with_parameters
-from hessprobe.problem.objective import Batch, Objective, pull_back
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
 
@@ -55,7 +56,7 @@ def sampled_diagonal(
                 one = with_parameters(objective.model, leaves, lambda piece=piece: drawn(piece))
                 sums = one if sums.dim() == 0 else sums.add_(one)
             found = sums.square_() if found.dim() == 0 else found.add_(sums.square_())
-    return found / objective.weight(listed)
+    return found / listed.weight
 
 
 def _drawn(loss: Loss, outputs: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ together is left to another sweep over the same passes, so that no pair is ever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.passes import Seen, forward_and_backward
 from hessprobe.kernels.plan import MASKED, Plan, Tap
 from hessprobe.kernels.sequence_gradients import Stretch, outputs_of, sequence_gradients, watched, within
-from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.micro_batches import MicroBatches
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import is_sharded
 
@@ -74,7 +75,7 @@ class Stream:
         self.to_host = to_host and first.device.type != "cpu"
         self.gradients = 0.0
 
-    def run(self, batches: Sequence[Batch], rounds: int, cotangents: Cotangents) -> Grams:
+    def run(self, batches: MicroBatches, rounds: int, cotangents: Cotangents) -> Grams:
         """Returns kernels and alignments for sketches m = (micro-batch, round, sequence), in that order.
 
         Args:
@@ -84,9 +85,8 @@ class Stream:
             NotOneCall: a tap that some batch calls otherwise than once.
         """
         self.batches, self.rounds, self.cotangents = batches, rounds, cotangents
-        shapes = [self.objective.sequence_shape(batch) for batch in batches]
-        self.sequences = [count for count, _ in shapes]
-        self.places = [count * positions for count, positions in shapes]
+        self.sequences = batches.counts
+        self.places = [count * positions for count, positions in batches.shapes]
         processes = self.objective.processes
         everyone = processes.gathered(self.sequences)
         self.several = max(len(sequences) for sequences in everyone) > 1

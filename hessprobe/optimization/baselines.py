@@ -15,6 +15,7 @@ from hessprobe.optimization.inner_solver import REFRESH, SOLVERS, FirstOrder, hi
 from hessprobe.optimization.kfac import DAMPING, KFAC, TRUST
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.schedule import learning_rate_factor
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.processes import ProcessLost, together
@@ -114,8 +115,9 @@ class FirstOrderOptimizer:
         if not batches:
             raise UserError("an optimizer step needs at least one minibatch")
         before = self.partition.vector(self.objective.model)
-        groups = [batches] if self.accumulate else [[batch] for batch in batches]
-        losses, norm, cost, outcome = [], math.nan, float(len(batches)), "accepted"
+        listed = self.objective.micro_batches(batches)
+        groups = [listed] if self.accumulate else [listed[i : i + 1] for i in range(len(listed))]
+        losses, norm, cost, outcome = [], math.nan, float(len(listed)), "accepted"
         for i, group in enumerate(groups):
             loss, gradient = self.objective.gradient(group, self.partition)
             losses.append(float(loss))
@@ -141,7 +143,7 @@ class FirstOrderOptimizer:
             gradient_norm=norm,
             update_norm=float((after - before).norm()),
             inner_loss=tuple(losses),
-            tokens=self.objective.tokens(batches),
+            tokens=listed.tokens,
             gradient_equivalents=cost,
         )
 
@@ -159,7 +161,7 @@ class FirstOrderOptimizer:
             inner_steps=inner_steps,
         )
 
-    def _take(self, batches: list[Batch], gradient: Tensor, rate: float) -> tuple[float, float]:
+    def _take(self, batches: MicroBatches, gradient: Tensor, rate: float) -> tuple[float, float]:
         """Takes one step; returns the gradient's norm and the gradient-equivalents spent on curvature."""
         gradients, cost, diagonal = self.partition.unflatten(gradient), 0.0, None
         sampled = batches[: self.curvature_minibatches]

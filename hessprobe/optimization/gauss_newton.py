@@ -30,6 +30,7 @@ from hessprobe.optimization.line_search import search
 from hessprobe.optimization.local_model import predicted_decrease
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.schedule import learning_rate_factors
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition, unwrapped
 from hessprobe.problem.processes import together
@@ -184,21 +185,20 @@ class GaussNewton:
             inner_loss=solution.losses,
             inner_iterations=solution.iterations,
             inner_residual=solution.residual,
-            tokens=self.objective.tokens(read),
+            tokens=read.tokens,
             line_search_tokens=0 if line_search_batches is None else found.tokens,
             gradient_equivalents=cost,
         )
 
-    def _listed(self, batches: Batch | list[Batch]) -> list[Batch]:
+    def _listed(self, batches: Batch | list[Batch]) -> MicroBatches:
         """Returns the minibatches that carry a target; one without takes no part."""
         if isinstance(batches, list) and not batches:
             raise UserError(
                 "a Gauss-Newton step needs at least one minibatch for the solve and one for the search"
             )
-        listed = self.objective.micro_batches(batches)
-        return [batch for batch in listed if self.objective.tokens(batch)]
+        return self.objective.micro_batches(batches).with_targets
 
-    def _solve(self, theta: Tensor, batches: list[Batch], attempt: int) -> InnerSolution:
+    def _solve(self, theta: Tensor, batches: MicroBatches, attempt: int) -> InnerSolution:
         """Solves the inner problem; every attempt but the first starts at theta and goes less far."""
         settings = self.settings
         if attempt:

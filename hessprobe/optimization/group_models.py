@@ -24,6 +24,7 @@ from hessprobe.optimization.local_model import (
 )
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.memory import is_out_of_memory
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 
 
@@ -70,7 +71,7 @@ class LocalModels:
         k = len(self.groups)
         return cost.linearised_gradients(k) if self.engine == "shared" else k * cost.dual_pass(k)
 
-    def gradients(self, batch: Batch, theta: Tensors, delta: Tensors) -> list[LocalGradient]:
+    def gradients(self, batch: Batch | MicroBatches, theta: Tensors, delta: Tensors) -> list[LocalGradient]:
         """Returns every group's model at its part of delta, on one minibatch, all linearised at theta.
 
         Args:
@@ -81,7 +82,8 @@ class LocalModels:
             UserError: an unknown model of the loss, a minibatch without a target, or a network that no engine can
                 differentiate.
         """
-        pieces, weight = self.objective.own_pieces(batch), self.objective.weight(batch)
+        minibatch = self.objective.micro_batches(batch)
+        pieces, weight = self.objective.own_pieces(minibatch), minibatch.weight
         # Nothing in it waits for another process: which engine is tried is each one's own business.
         own = self._by_an_engine(pieces, weight, theta, delta)
         whole = self._total(own) if self.objective.processes.count > 1 else own

@@ -60,7 +60,7 @@ class CrossLayerProbe(Probe):
     def measure(self, snapshot: Snapshot) -> Row:
         if is_sharded(snapshot.objective.model):
             return self._of_shards(snapshot)
-        objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.batches
+        objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.micro_batches
         operator = self._matrix(snapshot)
         loss, gradient = objective.gradient(batches, partition, snapshot.named_parameters)
         nowhere = torch.full_like(gradient, torch.nan)
@@ -77,8 +77,8 @@ class CrossLayerProbe(Probe):
             "step_slope": torch.stack([_blockwise(gradient * d, partition) for d in directions.values()]),
             "gradient_norm2": _blockwise(gradient.square(), partition),
             "loss": loss,
-            "tokens": objective.tokens(batches),
-            "sequences": sum(objective.sequence_shape(batch)[0] for batch in batches),
+            "tokens": batches.tokens,
+            "sequences": batches.sequences,
             "damping": 0.0,  # of G itself; jacobi_radius has its own, an attribute of the table
             "symmetry_gap": symmetry_gap(operator, generator=snapshot.generator(f"{self.name}/symmetry")),
             "gradient_equivalents": self.cost(partition, spent),
@@ -126,8 +126,8 @@ class CrossLayerProbe(Probe):
             "step_curvature": along[:, :, None].expand(-1, -1, layers),
             "step_slope": along,
             "gradient_norm2": along[0],
-            "tokens": snapshot.objective.tokens(snapshot.batches),
-            "sequences": sum(snapshot.objective.sequence_shape(batch)[0] for batch in snapshot.batches),
+            "tokens": snapshot.micro_batches.tokens,
+            "sequences": snapshot.micro_batches.sequences,
             "damping": 0.0,
             "symmetry_gap": nowhere,
             "gradient_equivalents": spent,
@@ -142,14 +142,14 @@ class CrossLayerProbe(Probe):
         objective, partition = snapshot.objective, snapshot.partition
         theta = snapshot.parameters if directions else None
         if self._plan is None:
-            self._plan = verified_plan(objective, snapshot.batches, partition, theta)
+            self._plan = verified_plan(objective, snapshot.micro_batches, partition, theta)
         first, *again = self.recipe.attempts
         rounds, spent = first, 0.0
         generator = snapshot.generator(self.name)
         while True:
             found = layer_kernels(
                 objective,
-                snapshot.batches,
+                snapshot.micro_batches,
                 partition,
                 rounds=rounds,
                 generator=generator,
@@ -222,7 +222,7 @@ class CrossLayerProbe(Probe):
     def _operator(self, kind: Callable[..., Operator], snapshot: Snapshot) -> Operator:
         return kind(
             snapshot.objective,
-            snapshot.batches,
+            snapshot.micro_batches,
             snapshot.partition,
             parameters=snapshot.parameters,
             memory=self._memory or PRODUCTS_MEMORY,

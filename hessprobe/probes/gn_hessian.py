@@ -51,12 +51,11 @@ class GNHessianProbe(Probe):
         return gn_hessian_table(self.recipe, partition.blocks)
 
     def measure(self, snapshot: Snapshot) -> Row:
-        objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.batches
+        objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.micro_batches
         gauss_newton, hessian, residual = self._operators(snapshot)
         loss, gradient = objective.gradient(batches, partition, snapshot.named_parameters)
-        sequences = sum(objective.sequence_shape(batch)[0] for batch in batches)
         known = None
-        if self._knows_traces(sequences):
+        if self._knows_traces(batches.sequences):
             known = self._traces.measure(snapshot, snapshot.generator(f"{self.name}/traces"))
         norms, symmetry_gap = self._norms(snapshot, gauss_newton, residual, known)
         operators: Operators = dict(zip(MATRICES, (gauss_newton, hessian, residual), strict=True))
@@ -78,8 +77,8 @@ class GNHessianProbe(Probe):
             "gauss_newton_step_residual": step.residual[0],
             "gauss_newton_step_iterations": step.iterations,
             "loss": loss,
-            "tokens": objective.tokens(batches),
-            "sequences": sequences,
+            "tokens": batches.tokens,
+            "sequences": batches.sequences,
             "damping": 0.0,  # of G and H themselves; the Gauss-Newton step has its own, an attribute of the table
             "symmetry_gap": symmetry_gap,
             "trace_rounds": 0 if known is None else ROUNDS,
@@ -119,7 +118,7 @@ class GNHessianProbe(Probe):
 
     def _operators(self, snapshot: Snapshot) -> tuple[GaussNewton, Hessian, Residual]:
         """Returns the three matrices, each with the graph it takes its many products from."""
-        at = snapshot.objective, snapshot.batches, snapshot.partition
+        at = snapshot.objective, snapshot.micro_batches, snapshot.partition
         given: dict[str, Any] = {"parameters": snapshot.parameters, "memory": self._memory}
         each, compare = self._memory // len(MATRICES), not self._compared
         return (
@@ -208,7 +207,7 @@ class GNHessianProbe(Probe):
         ladders = {
             name: model_ladder(
                 snapshot.objective,
-                snapshot.batches,
+                snapshot.micro_batches,
                 snapshot.partition,
                 torch.where(usable[i], d, 0.0),
                 self.recipe.alphas if name in LADDER_DIRECTIONS else (),

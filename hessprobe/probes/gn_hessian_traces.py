@@ -15,7 +15,7 @@ from hessprobe.errors import RunFailed
 from hessprobe.estimation.sampling import Estimate
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
-from hessprobe.kernels.verification import tokens_of, verified_plan
+from hessprobe.kernels.verification import verified_plan
 from hessprobe.probes.probe import Snapshot
 from hessprobe.problem.processes import together
 
@@ -75,16 +75,14 @@ class TraceKernels:
 
     @together(lambda _, snapshot, __: snapshot.objective.processes)
     def _measured(self, snapshot: Snapshot, generator: torch.Generator) -> KernelTraces:
-        objective, found = snapshot.objective, []
+        objective, batches, found = snapshot.objective, snapshot.micro_batches, []
         if self._plan is None:
-            self._plan = verified_plan(objective, snapshot.batches, snapshot.partition, snapshot.parameters)
+            self._plan = verified_plan(objective, batches, snapshot.partition, snapshot.parameters)
         together = TOKENS_TOGETHER.get(snapshot.parameters.device.type, TOKENS_TOGETHER["cuda"])
-        for batch in snapshot.batches:
-            count, positions = objective.sequence_shape(batch)
-            pieces = math.ceil(count / max(1, together // positions))
-            for piece in objective.split(batch, pieces):
-                if not tokens_of(objective, piece).any():
-                    continue
+        for batch, (count, positions) in zip(batches, batches.shapes, strict=True):
+            pieces = batches.parted(objective.split(batch, math.ceil(count / max(1, together // positions))))
+            read = [i for i, tokens in enumerate(pieces.sequence_weights) if tokens.any()]
+            for piece in (pieces[i : i + 1] for i in read):
                 kernels = layer_kernels(
                     objective,
                     piece,

@@ -18,7 +18,7 @@ from hessprobe.probes.preconditioner_row import PreconditionerRow
 from hessprobe.probes.preconditioner_site import Site
 from hessprobe.probes.preconditioner_table import preconditioner_table
 from hessprobe.probes.probe import Probe, Row, Snapshot
-from hessprobe.problem.batches import Batch
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.store.schema import Table
@@ -69,7 +69,7 @@ class PreconditionerProbe(Probe):
         return preconditioner_table(self.recipe, partition.blocks, self.candidates.names)
 
     def measure(self, snapshot: Snapshot) -> Row:
-        recipe, shared = self.recipe, SharedOut(snapshot.objective, snapshot.batches, self.recipe)
+        recipe, shared = self.recipe, SharedOut(snapshot.micro_batches, self.recipe)
         if shared.shrunk and not self._said_shrunk and snapshot.objective.processes.is_first:
             self._said_shrunk = True
             LOGGER.warning("step %d: %s", snapshot.step, shared.shrunk)
@@ -94,8 +94,8 @@ class PreconditionerProbe(Probe):
         return {
             **row.cells,
             **measurement,
-            "tokens": snapshot.objective.tokens(snapshot.batches),
-            "sequences": sum(snapshot.objective.sequence_shape(batch)[0] for batch in snapshot.batches),
+            "tokens": snapshot.micro_batches.tokens,
+            "sequences": snapshot.micro_batches.sequences,
             "gradient_equivalents": spent / shared.sizes[-1],
         }
 
@@ -129,7 +129,7 @@ class PreconditionerProbe(Probe):
         # an optimizer and its copy, a candidate's directions; Lanczos vectors and their images.
         return len(recipe.dampings) * (solves + 3) + 14 + 2 * recipe.condition_steps
 
-    def _site(self, snapshot: Snapshot, batches: list[Batch], folds: int = 1) -> Site:
+    def _site(self, snapshot: Snapshot, batches: MicroBatches, folds: int = 1) -> Site:
         return Site(snapshot, batches, self.recipe, folds=folds, memory=self._memory)
 
     def _candidate(self, name: str, site: Site, row: PreconditionerRow) -> None:

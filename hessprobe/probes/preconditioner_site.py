@@ -15,7 +15,7 @@ from hessprobe.errors import UserError
 from hessprobe.optimization.damped_solves import DampedSolutions, damped_solves
 from hessprobe.optimization.place import Place
 from hessprobe.probes.probe import Snapshot
-from hessprobe.problem.batches import Batch
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.recipe import PreconditionerRecipe
 
 Groups = tuple[tuple[str, ...], ...]
@@ -73,7 +73,7 @@ class Site:
     def __init__(
         self,
         snapshot: Snapshot,
-        batches: list[Batch],
+        batches: MicroBatches,
         recipe: PreconditionerRecipe,
         *,
         folds: int,
@@ -82,7 +82,7 @@ class Site:
         objective, partition = snapshot.objective, snapshot.partition
         self.recipe, self.partition, self.folds = recipe, partition, folds
         self.snapshot = replace(snapshot, batches=batches)
-        self.sequences = sum(objective.sequence_shape(batch)[0] for batch in batches)
+        self.sequences = batches.sequences
         self.loss, gradient = objective.gradient(batches, partition, snapshot.named_parameters)
         if not bool(torch.isfinite(gradient).all()) or not bool(torch.isfinite(self.loss)):
             raise FloatingPointError(f"the loss is {float(self.loss)}, and its gradient is not finite")

@@ -22,6 +22,7 @@ from hessprobe.problem.batches import Batch, tensors_of
 from hessprobe.problem.losses import AutogradLoss
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.memory import is_out_of_memory
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.modes import (
     activation_types,
     batch_statistics,
@@ -88,7 +89,7 @@ class RowChecks:
 
     def check(
         self,
-        batches: Sequence[Batch],
+        batches: Batch | Sequence[Batch],
         theta: Tensor | None = None,
         trained: Any = None,
         *,
@@ -113,13 +114,14 @@ class RowChecks:
         said = Trained.of(trained)
         mean = nan if said is None else said.mean
         compared = said is not None and before and isfinite(mean)
+        batches = self.objective.held(batches)
         key = _shapes(list(batches))
         passed, bits = self._passed.get(key, (set(), nan))
         if passed and (not compared or "trained" in passed):
             return Checked(loss_trained=mean, activation_bits=bits)
         with self._kept(self.objective.model), torch.no_grad():
             leaves = None if theta is None else self.partition.unflatten(theta)
-            row = _Row(self.objective.alone, list(batches), leaves, self._kept)
+            row = _Row(self.objective.alone, batches, leaves, self._kept)
             found = row.found(said if compared else None, apart="apart" not in passed)
         if self.objective.processes.count == 1 and row.cuts is not None and self.objective.splits is None:
             self.objective.splits = row.cuts
@@ -131,7 +133,7 @@ class _Row:
     """One step's batch being checked, at one theta."""
 
     def __init__(
-        self, objective: Objective, batches: list[Batch], leaves: Mapping[str, Tensor] | None, kept: Kept
+        self, objective: Objective, batches: MicroBatches, leaves: Mapping[str, Tensor] | None, kept: Kept
     ) -> None:
         self.objective, self.model, self.batches = objective, objective.model, batches
         self.leaves, self.kept = leaves, kept
@@ -140,8 +142,7 @@ class _Row:
         self.cuts: bool | None = (
             None  # whether sequences cut out were seen to agree with themselves among the others
         )
-        counts = [objective.sequences(batch) for batch in batches]
-        self._largest = counts.index(max(counts))
+        self._largest = batches.counts.index(max(batches.counts))
         self._outputs = torch.empty(0)  # the largest micro-batch's
         self._linear = self._with_labels = (
             False  # whether the loss has no curvature; whether labels went with the outputs
@@ -169,7 +170,7 @@ class _Row:
         return 1e-2 if self.half else 0.0
 
     def _losses(self, leaves: Mapping[str, Tensor] | None, *, keep: bool = False) -> Losses:
-        sums, tokens, groups, largest, eps = [], [], [], 0.0, 0.0
+        sums, groups, classes, largest, eps = [], [], 0, 0.0, 0.0
         before = random_states(self.device)
         for i, batch in enumerate(self.batches):
             with torch.no_grad():  # `measuring` asks for gradients
@@ -182,15 +183,14 @@ class _Row:
                 loss = self.objective.loss_function
                 self._linear = isinstance(loss, AutogradLoss) and loss.is_linear(z, y)
             sums.append(self.objective.loss_function.value(z, y).double())
-            tokens.append(float(self.objective.weight(batch)))
-            groups += self._grouped(batch, z, y)
+            groups, classes = groups + self._grouped(batch, z, y), z.shape[1]
             largest, eps = max(largest, float(z.abs().max())), max(eps, torch.finfo(z.dtype).eps)
         if keep:
-            self.objective.check_targets(self.batches)
+            self.batches.looked_at(classes)
         parts, counts = zip(*groups, strict=True)
         return Losses(
             sums=torch.stack(sums),
-            tokens=torch.tensor(tokens, dtype=torch.float64, device=sums[0].device),
+            tokens=torch.tensor(self.batches.weights, dtype=torch.float64, device=sums[0].device),
             group_sums=torch.stack(parts).double(),
             group_tokens=torch.stack(counts).double(),
             largest=largest,

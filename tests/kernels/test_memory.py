@@ -89,7 +89,9 @@ def passes_of(setting: Setting, plan: Plan, memory: int) -> tuple[int, float]:
     calls: list[int] = []
     handle = setting.model.register_forward_hook(lambda *_: calls.append(1))
     gathered = stream.Stream(setting.objective, setting.partition, plan, theta=None, memory=memory)
-    gathered.run(setting.batches, len(setting.cotangents.drawn[0]), setting.cotangents)
+    gathered.run(
+        setting.objective.counted(list(setting.batches)), len(setting.cotangents.drawn[0]), setting.cotangents
+    )
     handle.remove()
     return len(calls) // len(setting.batches), gathered.gradients
 

@@ -17,7 +17,7 @@ from hessprobe.errors import RunFailed, UserError
 from hessprobe.optimization.baselines import BASELINES, FirstOrderOptimizer
 from hessprobe.optimization.inner_solver import hidden_matrices
 from hessprobe.optimization.kfac import KFAC
-from hessprobe.problem import objective as objectives
+from hessprobe.problem import splitting
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
@@ -238,7 +238,7 @@ def test_factors_of_a_long_minibatch_come_from_its_pieces(monkeypatch, solver):
     tokens = torch.randint(5, (4, 3), generator=g)
     found = []
     for most, batches in ((6, [(tokens, tokens)]), (8192, [(part, part) for part in tokens.split(2)])):
-        monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", most)
+        monkeypatch.setattr(splitting, "POSITIONS_AT_ONCE", most)
         problem, partition, optimizer = fresh(solver=solver, learning_rate=0.1)
         found.append(optimizer.step(batches).gradient_equivalents / len(batches))
         found.append(partition.vector(problem.model))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.recipe import ModelRecipe
 from hessprobe.training.failures import reason_of
@@ -259,12 +260,12 @@ class _Given:
         """Returns the first batches that hold so many sequences between them, the last one cut; fewer where they end."""
         from hessprobe.training.any_loop.probe_batches import first_sequences
 
-        while sum(self._objective.sequence_shape(batch)[0] for batch in self._batches) < sequences:
+        while sum(self._objective.sequences(batch) for batch in self._batches) < sequences:
             try:
                 self._batches.append(next(self._left))
             except StopIteration:
                 break
-        return first_sequences(self._objective, self._batches, sequences)
+        return list(first_sequences(MicroBatches(self._objective, self._batches), sequences))
 
 
 def _made(function: Any, name: str, flag: str = "--model") -> Any:

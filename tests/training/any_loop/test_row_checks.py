@@ -470,7 +470,7 @@ def test_three_passes_are_all_that_a_first_row_needs_before_it_is_measured(
 
     monkeypatch.setattr(Measuring, "_snapshot", count)
     monkeypatch.setattr(
-        "hessprobe.problem.objective.agree", lambda *_: pytest.fail("whether it can be cut is known")
+        "hessprobe.problem.splitting.agree", lambda *_: pytest.fail("whether it can be cut is known")
     )
     probes = {"cross_layer": {"rounds": 4, "sequences": SEQUENCES}}
     with hp.Recorder(tmp_path, model, probes, every=1, partition="module", **options) as recorder:
