@@ -58,8 +58,8 @@ class SharedOut:
             if not can_be_cut(objective, self.batches[number]):
                 raise UserError(
                     f"preconditioner: this batch of {self.batches.counts[number]} sequences cannot be cut into curvature "
-                    "and held-out sequences: its sequences see each other, or forward= or targets= of the objective read it. "
-                    "Give micro-batches that end where the recipe's batches end"
+                    "and held-out sequences: its sequences see each other, or forward= or targets= of the objective read "
+                    "it. Give micro-batches that end where the recipe's batches end"
                 )
             return objective.cut(self.batches[number], low, high)
 

@@ -24,7 +24,8 @@ from hessprobe.problem.batches import (
     sequences_first,
 )
 from hessprobe.problem.class_dimension import do_not_fit
-from hessprobe.problem.losses import Loss, loss_named
+from hessprobe.problem.loss_names import loss_named
+from hessprobe.problem.losses import Loss
 from hessprobe.problem.mean_loss import mean_gradient, mean_loss
 from hessprobe.problem.measuring import measuring, with_parameters
 from hessprobe.problem.micro_batches import MicroBatches
