@@ -9,17 +9,17 @@ from __future__ import annotations
 
 # A product of one row of H or of R, from a graph of the gradient that is kept.
 HESSIAN_PRODUCT = 2.0
-# What a linearisation's check takes: a tangent in all, for each block its own, and a pull-back.
-_PULL_BACK = 2 / 3
+_PULL_BACK = 2 / 3  # J^T w, from a linearisation that is there
 # Thirds of a gradient for each row of several, and once for all of them.
 _ROWS = {"gauss_newton": (4, 2), "hessian": (6, 3), "residual": (10, 5)}
 
 
 def passes(forwards: float, backwards: float, products: float = 0.0) -> float:
-    """Returns gradients that so many forward passes take, and halves of a backward pass, and products as large as one.
+    """Returns gradients for passes of a forward pass's size.
 
     Args:
-        backwards: an activations' pass and a weights' pass are two.
+        backwards: through activations and to weights count one each: a gradient has two.
+        products: others as large, such as sums of outer products.
     """
     return (forwards + backwards + products) / 3
 
