@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from hessprobe import analysis
-from hessprobe.analysis.discrepancy_findings import discrepancy_findings, discrepancy_trends
 from hessprobe.errors import UserError
-from hessprobe.report.discrepancy_figures import discrepancy_drawings
+from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
+from hessprobe.instruments.gn_hessian.findings import discrepancy_findings, discrepancy_trends
 from hessprobe.report.figure_set import save_drawings
 
 

@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from hessprobe.analysis.comparison import compare
-from hessprobe.analysis.comparison_findings import comparison_findings
+from hessprobe.comparison.compared import compare
+from hessprobe.comparison.figures import save_figures
+from hessprobe.comparison.findings import comparison_findings
 from hessprobe.errors import UserError
-from hessprobe.report.comparison_figures import save_figures
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,10 +13,10 @@ import numpy as np
 import xarray as xr
 
 from hessprobe import analysis
-from hessprobe.analysis.preconditioner_findings import preconditioner_findings
 from hessprobe.errors import UserError
+from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
+from hessprobe.instruments.preconditioner.findings import preconditioner_findings
 from hessprobe.report.figure_set import save_drawings
-from hessprobe.report.preconditioner_figures import preconditioner_drawings
 
 
 def main(arguments: list[str] | None = None) -> int:

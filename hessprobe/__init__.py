@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hessprobe import optimization as optim
+    from hessprobe.any_loop.recorder import Recorder
     from hessprobe.curvature.gauss_newton import GaussNewton
     from hessprobe.curvature.hessian import Hessian
     from hessprobe.curvature.residual import Residual
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from hessprobe.problem.objective import Objective
     from hessprobe.problem.partition import Partition
     from hessprobe.store.reader import open_run
-    from hessprobe.training.any_loop.recorder import Recorder
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _HOMES = {
     "LayerKernels": "kernels.layer_kernels",
     "Objective": "problem.objective",
     "Partition": "problem.partition",
-    "Recorder": "training.any_loop.recorder",
+    "Recorder": "any_loop.recorder",
     "Residual": "curvature.residual",
     "RunFailed": "errors",
     "SpectralDensity": "estimation.density",

@@ -38,3 +38,8 @@ def warn(message: str) -> None:
     name = frame.f_globals.get("__name__", "__main__")
     registry = frame.f_globals.setdefault("__warningregistry__", {})
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, name, registry)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, without its full stop; its type where it says nothing."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -31,13 +31,6 @@ def _hide_broken_torchvision() -> None:
 _hide_broken_torchvision()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    # torch itself calls torch.jit.script on a process's first forward-mode product, and then warns about it.
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is not supported:DeprecationWarning")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

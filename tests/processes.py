@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hessprobe.problem.processes import Processes
+from hessprobe.machine.processes import Processes
 
 SECONDS = 120  # a hang ends the test, however busy the machine
 # What tests of several processes import, and what the probes load when they need it. The server itself computes nothing:
 # it must own no thread when it forks.
 HELD = (
     "tests.conftest", "pytest", "curvlinops", "pytorch_optimizer", "torch.distributed.fsdp", "torch.nn.parallel",
-    "hessprobe.probes.preconditioner", "hessprobe.training.any_loop.recorder", "tests.cases", "tests.processes",
+    "hessprobe.instruments.preconditioner.measure.probe", "hessprobe.any_loop.recorder", "tests.cases", "tests.processes",
 )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import open_run
-from hessprobe.analysis.rows import failed_rows
 from hessprobe.cli import main
+from hessprobe.reading.rows import failed_rows
 from hessprobe.recipe import build_recipe, differences, read_recipe
 from hessprobe.recipe.sections import PROBES
 from hessprobe.report.page import write_report
@@ -45,7 +45,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         kept.append(folder / f"{name}.pdf")
         return kept[-1:]
 
-    monkeypatch.setattr("hessprobe.report.figures.save", named)
+    monkeypatch.setattr("hessprobe.pictures.paper.save", named)
 
 
 def test_it_is_small_and_a_fresh_one_leaves_nothing_else_behind():

@@ -13,8 +13,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.measuring import with_parameters
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.operation_rules import without_rules
 

@@ -20,8 +20,8 @@ from hessprobe.curvature.linearisation import Linearisation, NotLinearisable
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
 from hessprobe.curvature.tangents import linearised, reverse_tangents
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.measuring import measuring, with_parameters
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
 
 

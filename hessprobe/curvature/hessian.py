@@ -22,8 +22,8 @@ from hessprobe.curvature.forward_mode import NoForwardMode, check_forward_mode, 
 from hessprobe.curvature.gradient_graph import GradientGraph
 from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.measuring import measuring
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch
 

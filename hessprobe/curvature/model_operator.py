@@ -17,8 +17,8 @@ from hessprobe.curvature import cost
 from hessprobe.curvature.forward_mode import NoForwardMode
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.measuring import measuring
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.operation_rules import without_rules

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hessprobe.curvature.forward_mode import check_forward_mode, forward_tangents
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.measuring import with_parameters
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Batch, Objective
 
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hessprobe.any_loop.chosen_probes import check_choice
+from hessprobe.any_loop.objective_arguments import check_agreement
+from hessprobe.any_loop.recorder import Recorder
+from hessprobe.any_loop.words import for_recorder
 from hessprobe.errors import UserError
-from hessprobe.training.any_loop.chosen_probes import check_choice
-from hessprobe.training.any_loop.objective_arguments import check_agreement
-from hessprobe.training.any_loop.recorder import Recorder
-from hessprobe.training.any_loop.words import for_recorder
-from hessprobe.training.failures import reason_of
+from hessprobe.measuring.failures import reason_of
 
 LOGGER = logging.getLogger("hessprobe")
 

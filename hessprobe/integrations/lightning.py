@@ -7,9 +7,9 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
+from hessprobe.any_loop.recorder import Recorder
 from hessprobe.errors import UserError
 from hessprobe.integrations.hosting import LOGGER, Hosted
-from hessprobe.training.any_loop.recorder import Recorder
 
 try:
     from lightning.pytorch.callbacks import Callback

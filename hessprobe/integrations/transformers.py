@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hessprobe.any_loop.recorder import Recorder
 from hessprobe.errors import UserError
 from hessprobe.integrations.hosting import Hosted
-from hessprobe.training.any_loop.recorder import Recorder
 
 try:
     from transformers import TrainerCallback, set_seed

@@ -16,11 +16,11 @@ from hessprobe.kernels.grams import Grams
 from hessprobe.kernels.plan import NotOneCall, Plan, without
 from hessprobe.kernels.sketches import Draws
 from hessprobe.kernels.stream import Stream
-from hessprobe.problem.memory import is_out_of_memory
+from hessprobe.machine.memory import is_out_of_memory
+from hessprobe.machine.processes import PeerFailed, together
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import PeerFailed, together
 from hessprobe.problem.shares import Share, is_sharded
 from hessprobe.problem.splitting import can_be_cut
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight
 
-from hessprobe.problem.transformer import NORM_EPSILON, RMSNorm
+from hessprobe.models.transformer import NORM_EPSILON, RMSNorm
 
 PIECE = 2**23  # entries of a piece of all sketches: 32 MiB in float32
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hessprobe.kernels import features
 from hessprobe.kernels.features import FastPath, Piece, prefers_tokens, token_gram
 from hessprobe.kernels.plan import Tap
-from hessprobe.problem.processes import ALONE, Processes
+from hessprobe.machine.processes import ALONE, Processes
 
 
 @dataclass(kw_only=True)

@@ -15,13 +15,13 @@ from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, NotOneCall, Plan, first_plan, without
 from hessprobe.kernels.sequence_gradients import sequence_gradients, watched
 from hessprobe.kernels.stream import Cotangents, Stream
+from hessprobe.machine.memory import is_out_of_memory
+from hessprobe.machine.processes import Processes
 from hessprobe.problem.batches import tensors_of
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import Processes
 from hessprobe.problem.shares import is_sharded
 
 # How far two ways to one squared gradient norm may lie apart, by the precision the model computes in.

@@ -1,1 +1,1 @@
-"""What a run stands on, whatever it computes: where its random numbers come from."""
+"""Processes, devices, memory and random numbers."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessprobe.curvature.diagonal import sampled_diagonal
 from hessprobe.errors import RunFailed, UserError, unknown_name
+from hessprobe.machine.processes import ProcessLost, together
 from hessprobe.machine.seeds import generator_of
 from hessprobe.optimization.inner_solver import REFRESH, SOLVERS, FirstOrder, hidden_matrices, refresh_of
 from hessprobe.optimization.kfac import DAMPING, KFAC, TRUST
@@ -18,7 +19,6 @@ from hessprobe.optimization.schedule import learning_rate_factor
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ProcessLost, together
 
 BASELINES = (*SOLVERS, "kfac", "ekfac")
 BASELINE_REFRESH = {**REFRESH, "kfac": 1, "ekfac": 1}

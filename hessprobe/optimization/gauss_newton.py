@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hessprobe.curvature import cost as cost_of
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.machine.processes import together
 from hessprobe.optimization.group_models import LocalModels
 from hessprobe.optimization.inner_problem import GaussNewtonSettings, groups_of
 from hessprobe.optimization.inner_solve import (
@@ -33,7 +34,6 @@ from hessprobe.optimization.schedule import learning_rate_factors
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition, unwrapped
-from hessprobe.problem.processes import together
 
 CUT = 4  # an inner solve that fails is done again at a learning rate cut by this, or a damping raised by it
 FIRST_DAMPING = 1e-2  # what a retry takes where there was none

@@ -13,6 +13,7 @@ from torch import Tensor
 from hessprobe.curvature import cost
 from hessprobe.curvature.linearisation import Linearisation, NotLinearisable
 from hessprobe.errors import UserError
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.optimization.local_model import (
     LocalGradient,
     Names,
@@ -23,7 +24,6 @@ from hessprobe.optimization.local_model import (
     local_gradient,
 )
 from hessprobe.problem.measuring import measuring
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 

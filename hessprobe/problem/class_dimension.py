@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.batches import Batch, mapped
 from hessprobe.problem.measuring import measuring, with_parameters
-from hessprobe.problem.memory import is_out_of_memory
 
 LAST, SECOND = "last", "second"
 _CONVOLUTIONS = nn.modules.conv._ConvNd

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.problem.batches import (
     Batch,
     cut,
@@ -32,7 +33,6 @@ from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition, unwrapped
-from hessprobe.problem.processes import ALONE, Processes
 from hessprobe.problem.readings import Readings
 from hessprobe.problem.shares import Share, share_of
 from hessprobe.problem.splitting import sequences_at_once, split

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.batches import DECODER_INPUTS, INPUTS, LABELS, Batch, called, logits_of
 from hessprobe.problem.class_dimension import classes_last
 from hessprobe.problem.losses import BinaryCrossEntropy, CrossEntropy, Loss, SquaredError
 from hessprobe.problem.measuring import measuring, with_parameters
-from hessprobe.problem.memory import is_out_of_memory
 
 IGNORED = -100  # what every Hugging Face model ignores
 Auxiliary = str | Callable[[nn.Module, Batch], Tensor] | None

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.batches import Batch
 from hessprobe.problem.measuring import measuring
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.splitting import gap_of, same_outputs
 

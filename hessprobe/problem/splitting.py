@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.batches import Batch, pieces_of, tensors_of
 from hessprobe.problem.measuring import measuring
-from hessprobe.problem.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from hessprobe.problem.objective import Objective

@@ -5,7 +5,9 @@ No torch here, so that a mistake in a recipe is answered at once.
 
 from __future__ import annotations
 
-from hessprobe.recipe.instruments import CANDIDATES, CrossLayerRecipe, GNHessianRecipe, PreconditionerRecipe
+from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
+from hessprobe.instruments.gn_hessian.recipe import GNHessianRecipe
+from hessprobe.instruments.preconditioner.recipe import CANDIDATES, PreconditionerRecipe
 from hessprobe.recipe.optimizer import GAUSS_NEWTON, OPTIMIZERS, OptimizerName, OptimizerRecipe
 from hessprobe.recipe.reading import build_recipe, differences, parse_setting, read_recipe, shipped_recipes
 from hessprobe.recipe.sections import (

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from hessprobe.recipe.section import Positive, Section
+from hessprobe.schema.section import Positive, Section
 
 OptimizerName = Literal[
     "full_gn", "layerwise_gn", "prox_linear", "adamw", "muon", "soap", "shampoo", "sophia", "kfac"

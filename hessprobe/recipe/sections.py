@@ -7,10 +7,12 @@ from typing import Literal, get_args
 import tomli_w
 from pydantic import Field
 
-from hessprobe.recipe.instruments import CrossLayerRecipe, GNHessianRecipe, PreconditionerRecipe
+from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
+from hessprobe.instruments.gn_hessian.recipe import GNHessianRecipe
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.recipe.optimizer import OptimizerRecipe
-from hessprobe.recipe.section import Positive, Section
 from hessprobe.recipe.study import StudyRecipe
+from hessprobe.schema.section import Positive, Section
 
 ProbeName = Literal["cross_layer", "gn_hessian", "preconditioner"]
 PROBES: tuple[str, ...] = get_args(ProbeName)

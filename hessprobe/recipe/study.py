@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from hessprobe.recipe.section import Positive, Section
+from hessprobe.schema.section import Positive, Section
 
 WARM_UP = "warm-up"  # the folder of the runs that all variants start from
 # What a study itself decides for each of its runs.

@@ -10,11 +10,14 @@ from pathlib import Path
 import xarray as xr
 from matplotlib.figure import Figure
 
-from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
 from hessprobe.errors import UserError
-from hessprobe.report import figures, grouping_figures, training_figures
-from hessprobe.report.discrepancy_figures import discrepancy_drawings
-from hessprobe.report.preconditioner_figures import preconditioner_drawings
+from hessprobe.instruments.cross_layer import figures
+from hessprobe.instruments.cross_layer.grouping import figures as grouping_figures
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
+from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
+from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
+from hessprobe.instruments.train import figures as training_figures
+from hessprobe.pictures import paper
 
 Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray]]
 
@@ -95,5 +98,5 @@ def save_drawings(
                 raise
             left_out[name] = str(error)
         else:
-            written += figures.save(figure, folder, f"{prefix}{name}")
+            written += paper.save(figure, folder, f"{prefix}{name}")
     return FigureSet(written=written, left_out=left_out)

@@ -19,16 +19,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from hessprobe.analysis import Finding, findings, load_run
-from hessprobe.analysis.grouping_study import GroupingStudy, study_groupings
-from hessprobe.analysis.wording import percent, plus_minus
-from hessprobe.report.cross_layer import cross_layer
-from hessprobe.report.discrepancy import gn_hessian
-from hessprobe.report.preconditioner import preconditioner
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
+from hessprobe.instruments.cross_layer.section import cross_layer
+from hessprobe.instruments.gn_hessian.section import gn_hessian
+from hessprobe.instruments.preconditioner.section import preconditioner
+from hessprobe.instruments.train.section import costs, training
+from hessprobe.pictures.section import Section
+from hessprobe.reading.finding import Finding
+from hessprobe.reading.load_run import load_run
+from hessprobe.reading.wording import percent, plus_minus
+from hessprobe.report.findings import findings
 from hessprobe.report.provenance import provenance, said_time
-from hessprobe.report.section import Section
 from hessprobe.report.summary import findings_json, summary_markdown
-from hessprobe.report.training import costs, training
 
 PAGE = "report.html"
 # In reading order. A later table adds its builder here and a template of the same name.

@@ -9,7 +9,7 @@ from typing import Any
 
 import xarray as xr
 
-from hessprobe.report.section import Section
+from hessprobe.pictures.section import Section
 
 
 def provenance(run: xr.DataTree) -> Section:

@@ -7,19 +7,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hessprobe.analysis.rows import sound_rows
-from hessprobe.analysis.several_runs import Beside, differences, runs_beside
-from hessprobe.analysis.training import measuring_costs, summarize_training
-from hessprobe.analysis.wording import counted
-from hessprobe.report.charts import over_steps
+from hessprobe.instruments.cross_layer.several import cross_layer_charts, last_coupling
+from hessprobe.instruments.gn_hessian.several import several_gn_hessian
+from hessprobe.instruments.preconditioner.several import several_preconditioner
+from hessprobe.instruments.train.answers import measuring_costs, summarize_training
+from hessprobe.instruments.train.charts import by_clock
+from hessprobe.pictures.charts import over_steps
+from hessprobe.pictures.section import Section, table_or_reason
+from hessprobe.pictures.several import lines_over_steps, stored_line
+from hessprobe.reading.rows import sound_rows
+from hessprobe.reading.wording import counted
+from hessprobe.report.differences import Beside, differences, runs_beside
 from hessprobe.report.page import PAGE, render_page, write_page
 from hessprobe.report.provenance import decoded, flat, said_setting, said_time
-from hessprobe.report.section import Section, table_or_reason
-from hessprobe.report.several_charts import cross_layer_charts, last_coupling, lines_over_steps, stored_line
-from hessprobe.report.several_discrepancy import several_gn_hessian
-from hessprobe.report.several_preconditioner import several_preconditioner
 from hessprobe.report.summary import findings_json, summary_markdown
-from hessprobe.report.training_charts import by_clock
 
 
 def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> Path:

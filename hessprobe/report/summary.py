@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hessprobe.analysis.finding import Finding
+from hessprobe.reading.finding import Finding
 
 # Of the run's root attributes, what a number must not be read without.
 PROVENANCE = ("created", "device", "seed", "git_commit", "schema_version", "versions", "data")

@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hessprobe.analysis import coupling, cross_share, findings, load_run, require_table, strongest_pairs
-from hessprobe.analysis.rows import failed_rows, sound_rows
-from hessprobe.analysis.wording import basis, counted, percent, plus_minus
-from hessprobe.report.discrepancy_terminal import show_gn_hessian
-from hessprobe.report.preconditioner_terminal import show_preconditioner
+from hessprobe.instruments.cross_layer.answers import coupling, cross_share, strongest_pairs
+from hessprobe.instruments.gn_hessian.terminal import show_gn_hessian
+from hessprobe.instruments.preconditioner.terminal import show_preconditioner
+from hessprobe.reading.load_run import load_run
+from hessprobe.reading.rows import failed_rows, sound_rows
+from hessprobe.reading.wording import basis, counted, percent, plus_minus
+from hessprobe.report.findings import findings
+from hessprobe.store.reader import require_table
 
 TRAIN_COLUMNS = ("loss", "held_out_loss", "step_size", "gradient_norm", "tokens", "seconds")
 ACCENT = "cyan"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, SCHEMA_VERSION, Table, Variable
+from hessprobe.schema.table import MEASUREMENT_VARIABLES, SCHEMA_VERSION, Table, Variable
 
 if TYPE_CHECKING:
     from hessprobe.store.reader import open_run, recorded_probes, require_table

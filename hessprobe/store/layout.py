@@ -21,16 +21,9 @@ import numpy as np
 import zarr
 from zarr.storage import LocalStore
 
+from hessprobe.schema.table import DIMENSIONS, FILL_VALUES, GROWTH_ROWS, STEP, Table, bookkeeping_variables
 from hessprobe.store.attributes import portable
 from hessprobe.store.log import BUILDING, LOG
-from hessprobe.store.schema import (
-    DIMENSIONS,
-    FILL_VALUES,
-    GROWTH_ROWS,
-    STEP,
-    Table,
-    bookkeeping_variables,
-)
 
 GROWS = "length_unknown"
 _ASIDE = ".aside"

@@ -13,8 +13,8 @@ import zarr
 from zarr.storage import LocalStore
 
 from hessprobe.errors import UserError
+from hessprobe.schema.table import SCHEMA_VERSION
 from hessprobe.store.attributes import portable
-from hessprobe.store.schema import SCHEMA_VERSION
 
 LOG = "log.zarr"
 # What is being built lies here, on the same file system but outside the log, until one rename moves it in.

@@ -15,11 +15,11 @@ import xarray as xr
 import zarr
 
 from hessprobe.errors import UserError
+from hessprobe.schema.table import RECORDED, STEP
 from hessprobe.store import layout
 from hessprobe.store.attributes import portable
 from hessprobe.store.forks import read_after_forks
 from hessprobe.store.log import LogStore, find_log, table_names
-from hessprobe.store.schema import RECORDED, STEP
 
 _SOURCE = "source"
 

@@ -21,9 +21,9 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from hessprobe.errors import UserError
+from hessprobe.schema.table import FAILURE, GROWTH_ROWS, RECORDED, STEP, Table
 from hessprobe.store import layout
 from hessprobe.store.log import LOG
-from hessprobe.store.schema import FAILURE, GROWTH_ROWS, RECORDED, STEP, Table
 
 
 class RowStore(LocalStore):

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from hessprobe.errors import UserError
+from hessprobe.schema.table import Table
 from hessprobe.store import layout
 from hessprobe.store.lock import RunLock
 from hessprobe.store.log import create_log, find_log, table_names
 from hessprobe.store.rows import TableRows
-from hessprobe.store.schema import Table
 
 
 class RunWriter:

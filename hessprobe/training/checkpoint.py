@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from hessprobe.errors import UserError
+from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ALONE, Processes
-from hessprobe.training.train_table import Totals
+from hessprobe.training.train_row import Totals
 
 FILE = "state.pt"
 

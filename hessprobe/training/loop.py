@@ -10,25 +10,26 @@ from typing import Any
 
 import torch
 
+from hessprobe.instruments.snapshot import Snapshot
+from hessprobe.machine.devices import peak_memory
+from hessprobe.machine.process_group import own_device
+from hessprobe.machine.processes import ALONE, Processes, together
+from hessprobe.measuring.loggers import check_loggers
+from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.running import RunningOptimizer, running_optimizer
-from hessprobe.probes.probe import Snapshot
-from hessprobe.problem.corpus import Corpus
-from hessprobe.problem.hub_corpus import HubCorpus
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ALONE, Processes, together
 from hessprobe.recipe import Recipe
+from hessprobe.text.corpus import Corpus
+from hessprobe.text.hub_corpus import HubCorpus
+from hessprobe.training.builds import build_model, check_same_text, check_shares, open_corpus, start_log
 from hessprobe.training.checkpoint import load_checkpoint, load_start, save_checkpoint
 from hessprobe.training.ending import Diverged, RunEnd
-from hessprobe.training.loggers import check_loggers
 from hessprobe.training.optimizers import OuterOptimizer, build_optimizer, build_warmup
 from hessprobe.training.outputs import Outputs, open_outputs
-from hessprobe.training.process_group import own_device
-from hessprobe.training.recorder import ProbeRecorder, build_probes, peak_memory
 from hessprobe.training.run_data import RunData
-from hessprobe.training.setup import build_model, check_same_text, check_shares, open_corpus, start_log
-from hessprobe.training.train_table import Totals, train_row, train_table
+from hessprobe.training.train_row import Totals, layout, train_row
 
 
 @together(lambda *_, processes=ALONE, **__: processes)
@@ -96,7 +97,7 @@ class Run:
         self.processes = objective.processes
         self.data = RunData(recipe, corpus, device)
         steps = recipe.training.steps
-        self.writer.add_table(train_table(recipe.optimizer), range(steps))
+        self.writer.add_table(layout(recipe.optimizer), range(steps))
         self.recorder = ProbeRecorder(self.writer, build_probes(recipe), partition, steps)
 
     def steps(self, saved: dict[str, Any] | None) -> RunEnd:

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hessprobe.problem.processes import Processes
+from hessprobe.machine.processes import Processes
+from hessprobe.measuring.console import RunConsole, stderr
+from hessprobe.measuring.loggers import ScalarLog
+from hessprobe.measuring.row_recorder import NothingWritten, RowWriter
 from hessprobe.recipe import Recipe
 from hessprobe.store.writer import RunWriter
-from hessprobe.training.console import RunConsole, stderr
-from hessprobe.training.loggers import ScalarLog
-from hessprobe.training.recorder import NothingWritten, RowWriter
 
 
 @dataclass(frozen=True, kw_only=True)

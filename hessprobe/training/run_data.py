@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from hessprobe.probes.probe import Probe
-from hessprobe.problem.corpus import Corpus
-from hessprobe.problem.hub_corpus import HubCorpus
+from hessprobe.instruments.snapshot import Probe
 from hessprobe.problem.objective import Batch
 from hessprobe.recipe import Recipe
+from hessprobe.text.corpus import Corpus
+from hessprobe.text.hub_corpus import HubCorpus
 from hessprobe.training.checkpoint import DataPosition
 
 

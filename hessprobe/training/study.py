@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 
 from hessprobe.errors import RunFailed, UserError
-from hessprobe.problem.processes import ALONE, Processes
+from hessprobe.machine.processes import ALONE, Processes
+from hessprobe.measuring.console import say, stderr
 from hessprobe.recipe import Recipe, VariantRecipe, build_recipe, differences
 from hessprobe.recipe.runs import variant_run, warm_up_run, with_seed
 from hessprobe.recipe.study import WARM_UP
 from hessprobe.store.writer import RunWriter
+from hessprobe.training.builds import RECIPE_FILE, check_shares
 from hessprobe.training.checkpoint import load_checkpoint
-from hessprobe.training.console import say, stderr
 from hessprobe.training.ending import Diverged, RunEnd
 from hessprobe.training.loop import train
-from hessprobe.training.setup import RECIPE_FILE, check_shares
 
 
 @dataclass(frozen=True, kw_only=True)

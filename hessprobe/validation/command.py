@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.training.setup import environment, pick_device
+from hessprobe.machine.devices import pick_device
+from hessprobe.measuring.provenance import environment
 from hessprobe.validation.modes import prepare
 from hessprobe.validation.runner import SCRATCH, Bench, Budget, Stage, Validation, run_stages
 from hessprobe.validation.stages.correctness import correctness

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessprobe.problem.corpus import Corpus
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.recipe import build_recipe, read_recipe
-from hessprobe.training.setup import decoder_config
+from hessprobe.text.corpus import Corpus
+from hessprobe.training.builds import decoder_config
 from hessprobe.validation.modes import autocast
 
 SIZES = {"45M": "paper_45m", "150M": "paper_150m"}  # by recipe

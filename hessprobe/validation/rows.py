@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hessprobe.probes.probe import Snapshot
+from hessprobe.instruments.snapshot import Snapshot
+from hessprobe.measuring.row_recorder import build_probes
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.recipe import build_recipe
-from hessprobe.training.recorder import build_probes
 from hessprobe.validation.modes import BFLOAT16, Autocast, matmuls
 
 INSTRUMENTS = ("cross_layer", "gn_hessian", "preconditioner")

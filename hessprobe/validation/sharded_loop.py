@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hessprobe.problem.processes import ALONE
-from hessprobe.problem.transformer import Decoder, DecoderConfig
-from hessprobe.training.any_loop.recorder import Recorder
+from hessprobe.any_loop.recorder import Recorder
+from hessprobe.machine.processes import ALONE
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.validation.modes import prepare
 from hessprobe.validation.rows import compared
 

@@ -6,6 +6,9 @@ import pytest
 
 from tests.architectures.sweep import counted, names_of, swept, swept_by
 
+pytestmark = pytest.mark.processes
+
+
 # No list of layers, or a bare vector that nothing tells the place of: a note says so. FSMT has its head in its embedding.
 WITH_NOTES = {
     "torch.LSTM", "torch.GRU", "Inkling2ForCausalLM", "Inkling2ForConditionalGeneration", "Inkling2LoopForCausalLM",

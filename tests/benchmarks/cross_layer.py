@@ -23,15 +23,20 @@ import torch.nn.functional as F
 from coupling_to_target import Need, gradients_to_target
 from torch import nn
 
-from hessprobe.analysis.grouping import block_importance, greedy_grouping, merge_gains, relative_decrease
-from hessprobe.analysis.sketch_space import CrossFit
-from hessprobe.analysis.sketches import Sketches
+from hessprobe.instruments.cross_layer.grouping.groupings import (
+    block_importance,
+    greedy_grouping,
+    merge_gains,
+    relative_decrease,
+)
+from hessprobe.instruments.cross_layer.grouping.sketch_space import CrossFit
+from hessprobe.instruments.cross_layer.grouping.sketches import Sketches
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.models.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.validation.timing import median_seconds, peak_growth
 
 # Name -> the decoder, and sequences x tokens of the batch.

@@ -28,10 +28,10 @@ from torch import Tensor
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.kernels.layer_kernels import layer_kernels
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.machine.processes import Processes
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import Processes
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 
 SIZES = {
     "5M": (DecoderConfig(layers=2, width=512, feedforward=2048, heads=8, vocabulary=256, context=128), (8, 128)),

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.optimization import gauss_newton
 from hessprobe.optimization.gauss_newton import GaussNewton
 from hessprobe.problem.objective import Objective
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.validation.timing import peak_growth
 
 LAYERS = (4, 12)  # K = 6 and 14 blocks, as the study's 45M and 150M

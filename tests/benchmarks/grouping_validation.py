@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessprobe.analysis.grouping import relative_decrease
-from hessprobe.analysis.sketch_space import CrossFit
-from hessprobe.analysis.sketches import Sketches
 from hessprobe.curvature.gauss_newton import GaussNewton
+from hessprobe.instruments.cross_layer.grouping.groupings import relative_decrease
+from hessprobe.instruments.cross_layer.grouping.sketch_space import CrossFit
+from hessprobe.instruments.cross_layer.grouping.sketches import Sketches
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
+from hessprobe.models.transformer import SIZES, Decoder
 from hessprobe.optimization.conjugate_gradient import conjugate_gradient
-from hessprobe.problem.corpus import Corpus
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import SIZES, Decoder
+from hessprobe.text.corpus import Corpus
 
 CONTEXT, WARM_UP = 32, 100
 Batch = tuple[Tensor, Tensor]

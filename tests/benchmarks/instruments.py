@@ -33,14 +33,14 @@ import hessprobe as hp
 from hessprobe.curvature.residual import Residual
 from hessprobe.estimation.sampling import Estimate, rademacher
 from hessprobe.estimation.shared_probes import shared_probes
+from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.kernels.verification import verified_plan
-from hessprobe.probes.probe import Snapshot
-from hessprobe.problem.corpus import Corpus
+from hessprobe.measuring.row_recorder import build_probes
+from hessprobe.models.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import SIZES, Decoder, DecoderConfig
 from hessprobe.recipe import Recipe
-from hessprobe.training.recorder import build_probes
+from hessprobe.text.corpus import Corpus
 from hessprobe.validation.stages.costs import FlatLogits
 
 TINY = DecoderConfig(layers=1, width=16, feedforward=32, heads=2, vocabulary=32, context=8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hessprobe.probes.cross_layer import CrossLayerProbe
-from hessprobe.probes.probe import Snapshot
+from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
+from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import CrossLayerRecipe

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from hessprobe.store.schema import CHECK_VARIABLES
+from hessprobe.schema.table import CHECK_VARIABLES
 from tests.training.runs import assert_same_rows, state, tables, text_file, tiny
+
+pytestmark = pytest.mark.processes
+
 
 KILLS, STEPS = 50, 8
 # NaN by design: no step is searched for in the warm-up, the loss is held out at every step, and no loss of a user's loop

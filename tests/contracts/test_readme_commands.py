@@ -13,6 +13,9 @@ import xarray as xr
 
 from tests.training.runs import text_file, tiny
 
+pytestmark = pytest.mark.processes
+
+
 COMMAND = Path(sys.executable).with_name("hessprobe")
 
 

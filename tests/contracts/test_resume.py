@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hessprobe.problem.hub_corpus import HubCorpus
 from hessprobe.recipe import OPTIMIZERS, Recipe
+from hessprobe.text.hub_corpus import HubCorpus
 from hessprobe.training import loop
 from hessprobe.training.loop import train
-from tests.problem.test_hub_corpus import Files, corpus, documents
+from tests.text.hub_files import Files, corpus, documents
 from tests.training.runs import assert_same_rows, recipe, state, tables
 
 STEPS, WARMUP = 5, 2

@@ -15,8 +15,8 @@ import torch
 import hessprobe.report.page
 import hessprobe.training.loop  # what the command line imports when it trains
 from hessprobe.cli import main as command_line
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.optimization.gauss_newton import GaussNewton
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 
 
 def warm_up() -> None:

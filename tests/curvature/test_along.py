@@ -14,7 +14,7 @@ from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.errors import UserError
 from tests import models, oracles
 from tests.cases import SEED, Case
-from tests.curvature.test_model_operator import AWKWARD, awkward
+from tests.curvature.awkward_models import AWKWARD, awkward
 
 EXACT = 1e-10
 SOME = ("mlp_regression", "custom_loss", "decoder_swiglu_layernorm", "decoder_tied")

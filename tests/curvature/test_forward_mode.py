@@ -16,7 +16,7 @@ from hessprobe.curvature.residual import Residual
 from hessprobe.kernels.layer_kernels import layer_kernels
 from hessprobe.optimization.model_ladder import model_ladder
 from tests import models, oracles
-from tests.problem.test_measuring import jacobian_truth
+from tests.problem.stateful_models import jacobian_truth
 
 V, D = 8, 4
 EXACT = 1e-8

@@ -22,7 +22,7 @@ from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
 from tests.cases import Case, masked
-from tests.curvature.test_model_operator import AWKWARD, STUBBORN, Kernel, awkward
+from tests.curvature.awkward_models import AWKWARD, STUBBORN, Kernel, awkward
 
 EXACT = 1e-10
 KEEP = 2**30

@@ -12,11 +12,13 @@ from hessprobe.curvature.along import curvature_along
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
 from hessprobe.curvature.residual import Residual
+from hessprobe.machine.processes import Processes
 from hessprobe.optimization.model_ladder import model_ladder
 from hessprobe.problem.objective import Objective
-from hessprobe.problem.processes import Processes
 from tests.cases import Case
 from tests.processes import on_processes
+
+pytestmark = pytest.mark.processes
 
 
 def near(found: Tensor, wanted: Tensor) -> bool:

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hessprobe.any_loop.recorder import Recorder
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
-from hessprobe.training.any_loop.recorder import Recorder
 from hessprobe.validation.children import ONE_PROCESS, Child
 from hessprobe.validation.modes import deterministic
 from hessprobe.validation.problems import odd_problems

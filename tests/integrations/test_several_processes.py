@@ -18,12 +18,12 @@ from tests.processes import on_forks
 from tests.training.runs import attributes, tables
 
 COUNT = 2
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 
 
 def by_transformers(rank: int, folder: Path) -> None:
     from hessprobe.integrations.transformers import ProbeCallback
-    from tests.integrations.test_transformers import SMALL, same_weights, train
+    from tests.integrations.small_transformers import SMALL, same_weights, train
 
     def trained(where: str, *callbacks: Any) -> Any:
         return train("gpt2", folder / where, *callbacks, ddp_backend="gloo", max_steps=3)
@@ -41,7 +41,7 @@ def by_transformers(rank: int, folder: Path) -> None:
 
 def by_lightning(rank: int, folder: Path) -> None:
     from hessprobe.integrations.lightning import ProbeCallback
-    from tests.integrations.test_lightning import Language, fit, same_weights
+    from tests.integrations.small_lightning import Language, fit, same_weights
 
     options = {"devices": COUNT, "strategy": "ddp", "use_distributed_sampler": True}
     bare = fit(Language, folder, **options)

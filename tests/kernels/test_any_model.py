@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -17,27 +14,18 @@ from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE
 from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
+from tests.kernels.foreign_models import (
+    EXPERTS,
+    VOCABULARY,
+    Foreign,
+    Mixture,
+    called,
+    mixture_with_capacity,
+    pairs,
+    scattered,
+)
 from tests.kernels.plain import Given, blocks_of, kernel_of, relative, rows_of, streamed
-from tests.models import IGNORED, labels, real, redraw, seeded
-
-VOCABULARY = 11
-
-
-@dataclass
-class Foreign:
-    """A model, its micro-batches, how plain code gets its outputs (b, t, c), and which parameters fall back."""
-
-    model: nn.Module
-    batches: list[Any]
-    outputs: Callable[[nn.Module, Any], Tensor]
-    fallback: set[str] = field(default_factory=set)
-    how: str = ONE_SEQUENCE
-    tolerance: float = 1e-10
-
-
-def _scattered(model: nn.Module) -> nn.Module:
-    """Returns the model redrawn in float64, away from its initial zeros and ones."""
-    return redraw(model, seeded(3))
+from tests.models import IGNORED, labels, real, seeded
 
 
 def _dicts(*shapes: tuple[int, int]) -> list[dict[str, Tensor]]:
@@ -59,22 +47,6 @@ def _causal(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     ).logits[:, :-1]
 
 
-def _pairs(*shapes: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
-    generator = seeded(6)
-    return [
-        (
-            torch.randint(VOCABULARY, shape, generator=generator),
-            labels(generator, VOCABULARY, *shape, ignore=0.2),
-        )
-        for shape in shapes
-    ]
-
-
-def _called(model: nn.Module, batch: Any) -> Tensor:
-    z = model(batch[0])
-    return z if z.dim() == 3 else z[:, None]
-
-
 # -- transformers ------------------------------------------------------------------------------------------
 
 
@@ -83,7 +55,7 @@ def gpt2() -> Foreign:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=VOCABULARY, n_positions=8)
-    model = _scattered(GPT2LMHeadModel(config))
+    model = scattered(GPT2LMHeadModel(config))
     return Foreign(
         model, _dicts((3, 6), (2, 5)), _causal, {"transformer.wte.weight", "transformer.wpe.weight"}
     )
@@ -103,7 +75,7 @@ def _llama(tied: bool) -> Foreign:
         tie_word_embeddings=tied,
     )
     # Its norms and rotations compute in float32, whatever the model's precision.
-    model = _scattered(LlamaForCausalLM(config))
+    model = scattered(LlamaForCausalLM(config))
     return Foreign(
         model,
         _dicts((3, 6), (2, 5)),
@@ -138,7 +110,7 @@ def qwen3() -> Foreign:
         max_position_embeddings=16,
         tie_word_embeddings=False,
     )
-    return Foreign(_scattered(Qwen3ForCausalLM(config)), _dicts((3, 6), (2, 5)), _causal, tolerance=1e-5)
+    return Foreign(scattered(Qwen3ForCausalLM(config)), _dicts((3, 6), (2, 5)), _causal, tolerance=1e-5)
 
 
 # -- plain torch -------------------------------------------------------------------------------------------
@@ -169,7 +141,7 @@ class Vision(nn.Module):
 def vision() -> Foreign:
     generator = seeded(7)
     batches = [(real(generator, n, 3, 4, 4), labels(generator, 5, n)) for n in (4, 3)]
-    return Foreign(_scattered(Vision()), batches, _called, {"cls_token", "position"})
+    return Foreign(scattered(Vision()), batches, called, {"cls_token", "position"})
 
 
 class Classifier(nn.Module):
@@ -207,7 +179,7 @@ def _encoder(batch_first: bool, fallback: set[str]) -> Foreign:
     batches = [
         (torch.randint(VOCABULARY, (n, 5), generator=generator), labels(generator, 4, n)) for n in (4, 3)
     ]
-    return Foreign(_scattered(Classifier(batch_first)), batches, _called, fallback)
+    return Foreign(scattered(Classifier(batch_first)), batches, called, fallback)
 
 
 def encoder() -> Foreign:
@@ -236,46 +208,12 @@ def recurrent() -> Foreign:
     names = {
         f"lstm.{kind}_l{i}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") for i in range(2)
     }
-    return Foreign(_scattered(Recurrent()), _pairs((3, 5), (2, 4)), _called, names)
-
-
-class Mixture(nn.Module):
-    """Top-2 of four experts; an expert sees the tokens sent to it alone, and is skipped where there are none."""
-
-    def __init__(self, capacity: bool = False) -> None:
-        super().__init__()
-        self.capacity = capacity
-        self.embedding, self.head = nn.Embedding(VOCABULARY, 6), nn.Linear(6, VOCABULARY)
-        self.router = nn.Linear(6, 4, bias=False)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)) for _ in range(4)
-        )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens).flatten(0, 1)
-        weight, chosen = self.router(x).softmax(-1).topk(2)
-        out = torch.zeros_like(x)
-        for i, expert in enumerate(self.experts):
-            place, rank = torch.where(chosen == i)
-            if self.capacity:  # a full expert turns away the batch's later tokens
-                place, rank = place[:4], rank[:4]
-            if len(place):
-                out = out.index_add(0, place, expert(x[place]) * weight[place, rank, None])
-        return self.head((x + out).view(*tokens.shape, -1))
-
-
-EXPERTS = {f"experts.{i}.{j}.{name}" for i in range(4) for j in (0, 2) for name in ("weight", "bias")}
+    return Foreign(scattered(Recurrent()), pairs((3, 5), (2, 4)), called, names)
 
 
 def mixture() -> Foreign:
     """The router sees tokens, not sequences, and the experts a changing number of them."""
-    return Foreign(_scattered(Mixture()), _pairs((3, 5), (2, 4)), _called, EXPERTS | {"router.weight"})
-
-
-def mixture_with_capacity() -> Foreign:
-    """Alone, a sequence would find other experts free: the whole batch has to run."""
-    fallback = EXPERTS | {"router.weight"}
-    return Foreign(_scattered(Mixture(capacity=True)), _pairs((3, 5), (2, 4)), _called, fallback, MASKED)
+    return Foreign(scattered(Mixture()), pairs((3, 5), (2, 4)), called, EXPERTS | {"router.weight"})
 
 
 MODELS = {
@@ -339,8 +277,8 @@ def test_estimates_come_out_in_float32_and_training_mode(name):
 
 def test_a_sequence_that_cannot_be_taken_alone_is_measured_in_the_whole_batch():
     """A batch in a form of its own: only forward= knows how to take it apart."""
-    model = _scattered(Recurrent())
-    (x, y), *_ = _pairs((3, 5))
+    model = scattered(Recurrent())
+    (x, y), *_ = pairs((3, 5))
 
     class Opaque:
         tokens, targets = x, y

@@ -7,6 +7,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests.models import redraw, seeded
+
+pytestmark = pytest.mark.processes
+
 
 SECONDS = 60  # a hang ends the test, however busy the machine; it takes about 8 s
 

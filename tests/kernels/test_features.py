@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hessprobe.kernels import features, grams
 from hessprobe.kernels.features import fast_path_of, prefers_tokens, token_gram
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, first_plan
+from hessprobe.models.transformer import RMSNorm
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import RMSNorm
 from tests.kernels.plain import Given, blocks_of, kernel_of, relative, rows_of, streamed
 from tests.models import seeded
 

@@ -19,9 +19,9 @@ from hessprobe.estimation.sampling import Estimate
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, Plan
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests import oracles
 from tests.models import IGNORED, logcosh, redraw, seeded
 

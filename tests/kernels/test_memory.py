@@ -19,9 +19,9 @@ from hessprobe.kernels.sequence_gradients import Stretch, within
 from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
+from tests.kernels.foreign_models import mixture_with_capacity
 from tests.kernels.plain import relative, streamed
-from tests.kernels.test_any_model import mixture_with_capacity
-from tests.kernels.test_stream import Bare, Mixed, Setting, text, tiny
+from tests.kernels.stream_settings import Bare, Mixed, Setting, text, tiny
 from tests.models import redraw, seeded
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import ONE_SEQUENCE
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
-from tests.kernels.test_stream import Outside, text
+from tests.kernels.stream_settings import Outside, text
 from tests.models import redraw, seeded
 
 # Of the kernels' norm by parameter, of the trace, and of the coupling itself, as `layer_kernels` states them.

@@ -18,13 +18,16 @@ from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import NotOneCall
 from hessprobe.kernels.stream import Stream
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.machine.processes import PeerRefused, Processes
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import PeerRefused, Processes
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests.cases import Case
 from tests.models import redraw, seeded
 from tests.processes import on_processes
+
+pytestmark = pytest.mark.processes
+
 
 CASES = ("decoder", "decoder_tied", "decoder_swiglu_layernorm", "layernorm")
 

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hessprobe.errors import UserError
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.optimization.group_models import LocalModels
 from hessprobe.optimization.inner_problem import groups_of
 from hessprobe.optimization.local_model import MODELS, LocalGradient, predicted_decrease
 from hessprobe.problem import splitting
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests.cases import Case
-from tests.curvature.test_model_operator import AWKWARD, Kernel, awkward
+from tests.curvature.awkward_models import AWKWARD, Kernel, awkward
 from tests.models import IGNORED, Problem, labels, real, redraw
 from tests.optimization.linearised import displacement, local_models, named, vector
 from tests.oracles import relative_error

@@ -13,8 +13,8 @@ from pytorch_optimizer import SOAP, ScalableShampoo, SophiaH
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.optimization.inner_solver import INNER_SOLVERS, SOLVERS, FirstOrder, hidden_matrices
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests.models import real
 
 SHAPES = {"matrix": (6, 4), "square": (4, 4), "table": (5, 4), "vector": (4,)}

@@ -11,16 +11,19 @@ import torch
 import torch.distributed as dist
 
 from hessprobe.errors import UserError
+from hessprobe.machine.processes import ALONE, PeerFailed, PeerOutOfMemory, PeerRefused, Processes
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.optimization import group_models
 from hessprobe.optimization.baselines import FirstOrderOptimizer
 from hessprobe.optimization.gauss_newton import GaussNewton
 from hessprobe.optimization.report import StepReport
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.processes import ALONE, PeerFailed, PeerOutOfMemory, PeerRefused, Processes
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests.models import labels, redraw, seeded
 from tests.processes import on_processes
+
+pytestmark = pytest.mark.processes
+
 
 STEPS = 3
 GAUSS_NEWTON = {

@@ -17,7 +17,7 @@ from hessprobe.errors import UserError
 from hessprobe.kernels.layer_kernels import layer_kernels
 from hessprobe.problem.measuring import measuring
 from tests import models, oracles
-from tests.problem.test_measuring import D, Net, V
+from tests.problem.stateful_models import D, Net, V
 
 
 def batch() -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hessprobe.errors import UserError
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from tests.models import ZOO, seeded
 
 

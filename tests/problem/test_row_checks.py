@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.measuring.undisturbed import undisturbed
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.row_checks import Checked, RowChecks
 from hessprobe.problem.trained_loss import Trained
-from hessprobe.training.any_loop.undisturbed import undisturbed
 
 CLASSES, WIDTH = 7, 16
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table, Variable
+from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable
 from hessprobe.store.writer import RunWriter
 
 LAYERS = ("embedding", *(f"block.{i}" for i in range(4)), "head")

@@ -14,19 +14,23 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from hessprobe.analysis import coupling, open_run
+from hessprobe.analysis import open_run
+from hessprobe.instruments.cross_layer.answers import coupling
 from hessprobe.report.page import write_report
 from hessprobe.report.several_runs import write_runs_report
-from tests.report.gn_hessian_runs import add_gn_hessian
-from tests.report.preconditioner_runs import write_preconditioner_run
+from tests.instruments.gn_hessian.runs import add_gn_hessian
+from tests.instruments.preconditioner.runs import write_preconditioner_run
+from tests.report.odd_text import HOSTILE
 from tests.report.runs import LAYERS, write_long_run, write_run
-from tests.report.test_odd_runs import HOSTILE
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium found on PATH; Debian: apt-get install chromium"
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no chromium found on PATH; Debian: apt-get install chromium"
+    ),
+]
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--no-first-run",

@@ -19,6 +19,8 @@ from hessprobe.errors import UserError
 from hessprobe.report import page as page_module
 from hessprobe.report.page import write_report
 from hessprobe.store.writer import RunWriter
+from tests.report.odd_text import HOSTILE
+from tests.report.page_reading import facts, script_json
 from tests.report.runs import (
     LAYERS,
     attributes,
@@ -29,9 +31,6 @@ from tests.report.runs import (
     train_table,
     write_run,
 )
-from tests.report.test_page import facts, script_json
-
-HOSTILE = '</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1"><b>x</b>&amp;'
 
 
 def test_no_name_can_inject_markup(tmp_path):
@@ -239,12 +238,13 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path, run, monkeypatch):
     assert sorted(path.name for path in target.parent.iterdir()) == names
 
 
+@pytest.mark.processes
 def test_reading_and_reporting_need_no_torch(run, tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path; from rich.console import Console\n"
         "from hessprobe.report.page import write_report\n"
-        "from hessprobe.report.figures import coupling_heatmap\n"
+        "from hessprobe.instruments.cross_layer.figures import coupling_heatmap\n"
         "from hessprobe.report.terminal import show\n"
         "from hessprobe.analysis import open_run\n"
         "path = Path(sys.argv[1]); write_report(path, Path(sys.argv[2]) / 'page.html')\n"

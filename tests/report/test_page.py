@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
-from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 
+from tests.report.page_reading import facts, finding, numbers, script_json
 from tests.report.runs import LAYERS
 
 SOUND = [0, 5, 20, 25, 30]  # of the probed steps 0, 5 ... 30: step 10 failed, step 15 holds no number
-
-
-def script_json(text: str, name: str):
-    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.DOTALL)
-    assert found
-    return json.loads(found[1])
-
-
-def numbers(packed) -> np.ndarray:
-    """Returns the numbers of a plotly array, packed or plain."""
-    if isinstance(packed, dict):
-        return np.frombuffer(base64.b64decode(packed["bdata"]), dtype=packed["dtype"])
-    return np.array(packed, dtype=float)
 
 
 def stack(text: str, name: str) -> np.ndarray:
     frames = script_json(text, "frame-data")["cross_layer"]
     shape = (len(frames["steps"]), len(frames["blocks"]), len(frames["blocks"]))
     return np.frombuffer(base64.b64decode(frames["stacks"][name]), dtype="<f4").reshape(shape)
-
-
-def facts(text: str) -> dict[str, str]:
-    """Returns the page's label -> value pairs as a reader sees them."""
-    pairs = re.findall(r"<dt>([^<]*)</dt><dd[^>]*>([^<]*)</dd>", text)
-    return {unescape(label): unescape(value) for label, value in pairs}
-
-
-def finding(text: str, name: str) -> tuple[float, float | None, str]:
-    found = re.search(rf'data-name="{name}" value="(.*?)" data-stderr="(.*?)">(.*?)</data>', text, re.DOTALL)
-    assert found, name
-    return float(found[1]), float(found[2]) if found[2] else None, unescape(found[3])
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,15 @@ import pytest
 import zarr
 
 from hessprobe.analysis import open_run
-from hessprobe.analysis.several_runs import coupling_difference, differences, labels, runs_beside
-from hessprobe.analysis.trend import standard_errors_of_largest
 from hessprobe.cli import main
 from hessprobe.errors import UserError
+from hessprobe.reading.labelled import labels
+from hessprobe.reading.trend import standard_errors_of_largest
+from hessprobe.report.differences import coupling_difference, differences, runs_beside
 from hessprobe.report.several_runs import write_runs_report
+from tests.report.odd_text import HOSTILE
+from tests.report.page_reading import numbers, script_json
 from tests.report.runs import LAYERS, write_run
-from tests.report.test_odd_runs import HOSTILE
-from tests.report.test_page import numbers, script_json
 
 
 @pytest.fixture(scope="module")

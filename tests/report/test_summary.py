@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import xarray as xr
 
-from hessprobe.analysis import Finding, findings
+from hessprobe.analysis import Finding
+from hessprobe.report.findings import findings
 from hessprobe.report.page import write_report
 from hessprobe.report.summary import findings_json, markdown, summary_markdown
+from tests.report.odd_text import HOSTILE
 from tests.report.runs import write_run
-from tests.report.test_odd_runs import HOSTILE
 
 
 def strict(text: str):

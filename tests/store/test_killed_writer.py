@@ -18,6 +18,9 @@ import xarray as xr
 from hessprobe.store import open_run
 from tests.store import writing_child
 
+pytestmark = pytest.mark.processes
+
+
 KILLS = 56
 KILLS_A_RUN = 4
 ROWS = 10  # that a writer adds at most before it is killed: a busy machine stretches the clock, not this

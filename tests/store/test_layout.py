@@ -13,8 +13,8 @@ import pytest
 import xarray as xr
 
 from hessprobe.errors import UserError
+from hessprobe.schema.table import GROWTH_ROWS
 from hessprobe.store import RunWriter, layout, open_run
-from hessprobe.store.schema import GROWTH_ROWS
 
 
 def plain(folder: Path) -> xr.Dataset:

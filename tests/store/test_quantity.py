@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hessprobe.probes.cross_layer_table import cross_layer_table
-from hessprobe.probes.gn_hessian_table import gn_hessian_table
+from hessprobe.instruments.cross_layer.table import cross_layer_table
+from hessprobe.instruments.gn_hessian.table import gn_hessian_table
 from hessprobe.recipe import CrossLayerRecipe, GNHessianRecipe
 from hessprobe.store import RunWriter, open_run
 

@@ -51,6 +51,7 @@ def test_reading_is_lazy_and_takes_the_log_itself_too(recorded):
     assert coupling.sizes["step"] == 4
 
 
+@pytest.mark.processes
 def test_plain_xarray_opens_every_table(recorded):
     """The code runs with hessprobe forbidden, warnings as errors."""
     code = (
@@ -166,6 +167,7 @@ def test_leftovers_of_a_kill_do_not_matter(recorded):
     xr.open_zarr(recorded / "log.zarr", group="cross_layer", consolidated=False).load()
 
 
+@pytest.mark.processes
 def test_writing_and_reading_need_no_torch(tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
@@ -179,8 +181,9 @@ def test_writing_and_reading_need_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True)
 
 
+@pytest.mark.processes
 def test_declaring_a_table_loads_neither_zarr_nor_xarray():
-    code = "import sys, hessprobe.store.schema; assert not {'zarr', 'xarray', 'numpy'} & set(sys.modules)"
+    code = "import sys, hessprobe.schema.table; assert not {'zarr', 'xarray', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -142,6 +142,7 @@ def test_an_opened_log_goes_to_threads_and_pickles_into_other_processes(recorded
         )
 
 
+@pytest.mark.processes
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
 @pytest.mark.parametrize("known", [True, False], ids=["hessprobe", "plain xarray"])
 def test_forked_workers_read_after_their_parent_has_read(recorded, known):

@@ -254,6 +254,7 @@ def test_writing_a_row_reads_nothing(folder, sample, monkeypatch):
     writer.close()
 
 
+@pytest.mark.processes
 def test_a_second_process_may_not_write(folder):
     code = (
         "import sys; from pathlib import Path; from hessprobe.store.lock import RunLock\n"

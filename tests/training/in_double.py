@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from hessprobe.cli import main as command_line
-from hessprobe.problem.transformer import Decoder
-from hessprobe.training import setup
+from hessprobe.models.transformer import Decoder
+from hessprobe.training import builds as setup
 
 
 def decoders_in_double() -> None:

@@ -10,7 +10,7 @@ import torch
 from hessprobe.errors import UserError
 from hessprobe.training import checkpoint
 from hessprobe.training.checkpoint import DataPosition, load_checkpoint, save_checkpoint
-from hessprobe.training.train_table import Totals
+from hessprobe.training.train_row import Totals
 
 CPU = torch.device("cpu")
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.optimization.baselines import FirstOrderOptimizer
 from hessprobe.optimization.directions import Place, directions
 from hessprobe.optimization.gauss_newton import GaussNewton
 from hessprobe.optimization.running import running_optimizer
-from hessprobe.probes.probe import Probe, Row, Snapshot
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.store.schema import MEASUREMENT_VARIABLES, Table
+from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
 from hessprobe.training import loop
 from tests import models
 from tests.training.runs import recipe, state

@@ -34,9 +34,10 @@ SMALL = (
 MEASURED, ONE_PROBE = "--probe=cross_layer,gn_hessian,preconditioner", "--probe=cross_layer"
 ROUNDING = ("symmetry_gap",)  # nothing but rounding
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(os, "fork"), reason="needs fork and SIGKILL; this system has neither"
-)
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL; this system has neither"),
+]
 
 
 class Launcher:

@@ -11,12 +11,12 @@ import torch
 
 from hessprobe.analysis import load_run
 from hessprobe.errors import UserError
-from hessprobe.problem.corpus import Corpus
-from hessprobe.report.training import training as training_section
+from hessprobe.instruments.train.section import training as training_section
+from hessprobe.text.corpus import Corpus
 from hessprobe.training import loop
+from hessprobe.training.builds import build_model
 from hessprobe.training.checkpoint import load_start
 from hessprobe.training.loop import train
-from hessprobe.training.setup import build_model
 from tests.training.runs import attributes, parameters, recipe, state, tables
 
 ADAMW = ("optimizer.name=adamw", "optimizer.warmup_steps=0")

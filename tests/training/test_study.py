@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hessprobe.analysis.comparison import compare
+from hessprobe.comparison.compared import compare
 from hessprobe.errors import RunFailed, UserError
 from hessprobe.recipe import Recipe, build_recipe
 from hessprobe.training import study as study_module

@@ -24,9 +24,10 @@ import hessprobe.report.page
 import hessprobe.training.planning.plan
 import hessprobe.training.study
 from hessprobe.cli import main as command_line
-from hessprobe.probes.cross_layer import CrossLayerProbe
+from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
+from hessprobe.machine import process_group
 from hessprobe.store.rows import TableRows
-from hessprobe.training import loop, process_group
+from hessprobe.training import loop
 from hessprobe.training.optimizers import FirstOrderOptimizer
 from tests.contracts.training_child import warm_up
 from tests.training.in_double import decoders_in_double

@@ -20,6 +20,9 @@ from hessprobe.validation.figures import Figure, check, holds, measured, skipped
 from hessprobe.validation.page import bars
 from hessprobe.validation.runner import Bench, Budget, Stage, Validation, run_stages
 
+pytestmark = pytest.mark.processes
+
+
 STAGES = (
     "correctness", "harmlessness", "costs", "precision", "instruments", "steps", "throughput", "processes", "peaks",
 )  # fmt: skip

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from hessprobe.curvature import cost as cost_of
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.optimization.baselines import BASELINE_REFRESH
 from hessprobe.optimization.group_models import LocalModels
 from hessprobe.optimization.inner_solver import LARGEST, hidden_matrices
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.splitting import sequences_at_once
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.recipe import OptimizerRecipe
 from hessprobe.training.optimizers import gauss_newton_settings
 

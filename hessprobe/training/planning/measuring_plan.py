@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hessprobe.curvature.model_operator import DEFAULT_MEMORY
-from hessprobe.probes.probe import Probe
+from hessprobe.instruments.snapshot import Probe
+from hessprobe.measuring.row_recorder import build_probes
+from hessprobe.models.transformer import Decoder
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder
 from hessprobe.recipe import Recipe
+from hessprobe.training.builds import decoder_config
 from hessprobe.training.planning.estimate import FLOAT, cost, pass_memory, said_bytes
-from hessprobe.training.recorder import build_probes
-from hessprobe.training.setup import decoder_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
+from hessprobe.models.transformer import Decoder
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder
 from hessprobe.recipe import OptimizerRecipe, Recipe
 from hessprobe.recipe.runs import variant_run, warm_up_run
+from hessprobe.training.builds import decoder_config
 from hessprobe.training.optimizers import learning_rate
 from hessprobe.training.planning.estimate import cost, memory, said_bytes
 from hessprobe.training.planning.measuring_plan import measuring_lines, probe_plans
-from hessprobe.training.setup import decoder_config
 
 GPU = 80e9  # bytes, of the accelerator that the advice is about
 

@@ -18,8 +18,8 @@ from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
 from hessprobe.kernels.layer_kernels import layer_kernels
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.measuring import measuring
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.validation.figures import Figure, failure, measured, skipped
 from hessprobe.validation.modes import BFLOAT16, matmuls, precisions
 from hessprobe.validation.problems import LENGTHS, POSITIONS, SIZES, Problem, named, study_config

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessprobe.problem.transformer import Decoder, DecoderConfig
-from hessprobe.training.any_loop.recorder import Recorder
+from hessprobe.any_loop.recorder import Recorder
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.validation.children import ALONE, COMMAND_LINE, Child, train_words, write_text
 from hessprobe.validation.figures import Figure, check, failure, holds, measured, skipped
 from hessprobe.validation.modes import deterministic

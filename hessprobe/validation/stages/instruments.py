@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.probes.probe import Probe, Snapshot
-from hessprobe.problem.memory import is_out_of_memory
+from hessprobe.instruments.snapshot import Probe, Snapshot
+from hessprobe.machine.devices import peak_memory, reset_peak_memory
+from hessprobe.machine.memory import is_out_of_memory
+from hessprobe.measuring.row_recorder import build_probes
 from hessprobe.recipe import build_recipe
-from hessprobe.training.recorder import build_probes, peak_memory, reset_peak_memory
 from hessprobe.validation.figures import Figure, check, failure, measured, skipped
 from hessprobe.validation.modes import FLOAT32, matmuls
 from hessprobe.validation.problems import Problem, named, random_batch, study_config

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.optimization.gauss_newton import GaussNewton
-from hessprobe.problem.memory import is_out_of_memory
 from hessprobe.validation.figures import Figure, failure, holds, measured, skipped
 from hessprobe.validation.modes import FLOAT32, matmuls
 from hessprobe.validation.problems import POSITIONS, SIZES, Problem, named, study_config, text

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hessprobe.training.any_loop.recorder import Recorder
+from hessprobe.any_loop.recorder import Recorder
 from hessprobe.validation.figures import Figure, check, measured, skipped
 from hessprobe.validation.modes import FLOAT32, matmuls
 from hessprobe.validation.problems import POSITIONS, Problem, named, study_config

@@ -11,15 +11,15 @@ import pytest
 
 from hessprobe.cli import main
 from hessprobe.errors import UserError
-from hessprobe.probes.cross_layer import CrossLayerProbe
-from hessprobe.probes.gn_hessian import GNHessianProbe
+from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
+from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
+from hessprobe.models.transformer import Decoder
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder
 from hessprobe.recipe import Recipe, build_recipe, read_recipe
+from hessprobe.training.builds import decoder_config
 from hessprobe.training.planning.estimate import cost, pass_memory
 from hessprobe.training.planning.measuring_plan import ProbePlan, measuring_lines, plan_measuring
 from hessprobe.training.planning.plan import plan
-from hessprobe.training.setup import decoder_config
 
 
 def nano(*settings: str) -> Recipe:

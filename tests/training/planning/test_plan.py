@@ -12,11 +12,11 @@ import pytest
 import tokenizers
 import torch
 
-from hessprobe.problem import corpus, hub_corpus
+from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.transformer import Decoder, DecoderConfig
 from hessprobe.recipe import OPTIMIZERS, OptimizerRecipe, build_recipe, read_recipe, shipped_recipes
+from hessprobe.text import corpus, hub_corpus
 from hessprobe.training.loop import train
 from hessprobe.training.optimizers import build_optimizer
 from hessprobe.training.planning.estimate import _saved_bytes, cost, memory
@@ -228,6 +228,7 @@ def test_three_steps_of_a_shrunken_copy(tmp_path, small_tokenizer, name, method)
     assert (table.line_search_tokens.values[-1] > 0) == method.endswith("_gn")
 
 
+@pytest.mark.processes
 def test_dry_run_prints_and_makes_nothing(tmp_path):
     call = [sys.executable, "-m", "hessprobe", "train", "paper_45m", "--dry-run", "--optimizer", "soap"]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)

@@ -1,0 +1,1 @@
+"""Measuring checkpoints, without training."""

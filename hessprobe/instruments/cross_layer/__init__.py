@@ -1,0 +1,1 @@
+"""How strongly layers couple through curvature."""

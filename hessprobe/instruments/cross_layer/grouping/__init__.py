@@ -1,0 +1,1 @@
+"""Which layers a preconditioner should join, from the stored kernels."""

@@ -1,0 +1,1 @@
+"""How far the Gauss-Newton matrix is from the Hessian."""

@@ -1,0 +1,1 @@
+"""How much of the damped Gauss-Newton decrease each preconditioner reaches."""

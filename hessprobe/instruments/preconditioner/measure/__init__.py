@@ -1,0 +1,1 @@
+"""Fills rows of the table from a snapshot of training."""

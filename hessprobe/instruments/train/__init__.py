@@ -1,0 +1,1 @@
+"""What every run records of its training."""

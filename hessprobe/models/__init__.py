@@ -1,0 +1,1 @@
+"""The decoder that hessprobe trains, and models other people trained."""

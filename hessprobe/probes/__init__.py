@@ -1,1 +1,0 @@
-"""Instruments: each declares a table, then turns a snapshot of training into one row of it."""

@@ -1,0 +1,1 @@
+"""What reading any table needs: rows, statistics, words."""

@@ -1,0 +1,1 @@
+"""How things are declared: checked settings, and tables of labelled variables."""

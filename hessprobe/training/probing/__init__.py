@@ -1,1 +1,0 @@
-"""The instruments on checkpoints, without training: `hessprobe probe`."""
