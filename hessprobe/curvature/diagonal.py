@@ -1,5 +1,7 @@
-"""diag(G) from gradients of sampled labels: E[(sum_n J_n^T c_n)^2] / N, where the c_n are independent with covariance
-d2 loss / dz2 (the Gauss-Newton-Bartlett estimator: Liu et al. 2023, arXiv 2305.14342, algorithm 2).
+"""The diagonal of G from gradients of sampled labels.
+
+It is E[(sum_n J_n^T c_n)^2] / N, where the c_n are independent with covariance d2 loss / dz2 (the Gauss-Newton-Bartlett
+estimator: Liu et al. 2023, arXiv 2305.14342, algorithm 2).
 
 One draw's relative error is 1.4 for every entry, however many tokens: micro-batches drawn apart are averaged.
 """

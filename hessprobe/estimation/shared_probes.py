@@ -39,7 +39,7 @@ class SharedProbes:
 
     @property
     def traces(self) -> Estimate:
-        """tr A of the three."""
+        """Tr A of the three."""
         return Estimate.of(self.trace)
 
     def traces_given(self, known: Estimate) -> Estimate:

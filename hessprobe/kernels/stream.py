@@ -245,7 +245,7 @@ class _Sweep:
     def _choose(self, seen: Mapping[int, Seen]) -> None:
         """Settles which taps this sweep takes: in order, those that still fit, and one at least."""
         stream = self.stream
-        if stream.to_host or not stream.several and stream.rounds == 1:
+        if stream.to_host or (not stream.several and stream.rounds == 1):
             return  # each gradient is used as it arrives, or there is room
         scale = sum(stream.places) / stream.places[0]
         mine = [seen[id(tap)] for tap in self.taps]

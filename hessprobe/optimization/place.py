@@ -38,7 +38,7 @@ class Place:
 
     @property
     def named(self) -> dict[str, Tensor]:
-        """theta by parameter name, in the partition's order."""
+        """Theta by parameter name, in the partition's order."""
         return self.partition.unflatten(self.parameters)
 
     def pieces(self, count: int) -> list[MicroBatches]:

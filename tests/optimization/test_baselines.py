@@ -96,7 +96,7 @@ def test_the_gradient_is_clipped_at_its_norm_over_all_parameters():
 
 
 def test_the_learning_rate_follows_the_cosine_over_outer_steps():
-    problem, partition, optimizer = fresh(schedule="global-cosine", outer_steps=2)
+    problem, _partition, optimizer = fresh(schedule="global-cosine", outer_steps=2)
     norms = [optimizer.step(list(problem.batches)).update_norm for _ in range(2)]
     constant_problem, _, constant = fresh()
     plain = [constant.step(list(constant_problem.batches)).update_norm for _ in range(2)]
