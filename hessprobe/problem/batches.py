@@ -267,6 +267,7 @@ def _of_pair(model: nn.Module, batch: Batch) -> Any:
 
 
 def default_targets(batch: Batch) -> Tensor:
+    """Returns a batch's labels, or the second of a pair."""
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise UserError(

@@ -101,8 +101,9 @@ class MicroBatches(Sequence[Batch]):
 
     @property
     def weight(self) -> float:
-        """What the mean divides by: the number of tokens with a target, but for weighted classes the sum of the weights
-        of the targets' classes, and for means over outputs the number of outputs.
+        """What the mean divides by: the number of tokens with a target.
+
+        For weighted classes it is the sum of the weights of the targets' classes, for means over outputs the outputs' number.
         """
         return sum(self.weights)
 

@@ -274,7 +274,7 @@ def test_a_right_loop_has_its_rows(tmp_path, dropout, autocast, pass_on):
     row = trained_once(tmp_path / "run", built(dropout=dropout), autocast=autocast, pass_on=pass_on)
     assert_recorded(row)
     assert float(row["activation_bits"]) == 32
-    x, y = batch()
+    _x, _y = batch()
     if not dropout:
         assert float(row["loss_whole_batch"]) == pytest.approx(float(row["loss"]), rel=1e-5)
     assert bool(row["loss_trained"].isnull()) == (pass_on is None)
