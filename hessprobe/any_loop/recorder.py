@@ -305,7 +305,7 @@ class Recorder:
         found = []
         try:
             for row in rows:
-                found.append(row)
+                found.append(row)  # noqa: PERF402 (those before a failure are kept)
         except Exception as error:  # no row can be written any more, or not by all processes
             self._stop(step, error)
         self._opened.labels.used(step)

@@ -26,14 +26,14 @@ from hessprobe.instruments.snapshot import Probe
 from hessprobe.machine.devices import pick_device
 from hessprobe.measuring.console import RunConsole
 from hessprobe.measuring.loggers import ScalarLog, check_loggers
-from hessprobe.measuring.probe_batches import placed
 from hessprobe.measuring.provenance import machine_attributes
 from hessprobe.measuring.row_recorder import Measurement, ProbeRecorder, build_probes
 from hessprobe.measuring.schedule import At
 from hessprobe.measuring.snapshots import Snapshots
 from hessprobe.measuring.undisturbed import undisturbed
 from hessprobe.problem.batches import pieces_of
-from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.micro_batches import MicroBatches
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.row_checks import RowChecks
 from hessprobe.recipe import PROBES, Recipe
@@ -185,7 +185,7 @@ class _Measuring:
                 continue
             yield self.recorder.record(probe, snapshot, bits)
 
-    def _batches(self, probe: Probe, number: int) -> list[Batch]:
+    def _batches(self, probe: Probe, number: int) -> MicroBatches:
         """Returns the probe's batch as micro-batches that a large vocabulary leaves room for."""
         batch = self.reader.batch(
             seed=self.series.recipe.seed,
@@ -199,7 +199,7 @@ class _Measuring:
             pieces = math.ceil(targets.numel() * self.series.vocabulary / LOGITS)
             parts = pieces_of(batch, pieces) if pieces > 1 else [batch]
         device = next(self.objective.model.parameters()).device
-        return self.objective.held(placed(parts, device))
+        return self.objective.held(parts).placed(device)
 
 
 def _partition(model: nn.Module, by: str, console: RunConsole) -> Partition:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class Snapshots:
     def take(
         self,
         step: int,
-        batches: list[Batch],
+        batches: Sequence[Batch],
         *,
         before: Tensor | None = None,
         update: Tensor | None = None,
