@@ -11,9 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
-from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
-from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
+from hessprobe.instruments.instrument import loaded
+from hessprobe.instruments.registry import instrument_named
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.machine.devices import peak_memory, reset_peak_memory
 from hessprobe.machine.processes import ProcessLost
@@ -77,12 +76,9 @@ class Measurement:
 
 def build_probes(recipe: Recipe) -> list[Probe]:
     """Returns the instruments that a recipe names, in its order, each once."""
-    makers = {
-        "cross_layer": lambda: CrossLayerProbe(recipe.cross_layer),
-        "gn_hessian": lambda: GNHessianProbe(recipe.gn_hessian),
-        "preconditioner": lambda: PreconditionerProbe(recipe.preconditioner),
-    }
-    return [makers[name]() for name in dict.fromkeys(recipe.probes)]
+    return [
+        loaded(instrument_named(name).probe)(getattr(recipe, name)) for name in dict.fromkeys(recipe.probes)
+    ]
 
 
 class ProbeRecorder:
