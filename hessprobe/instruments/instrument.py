@@ -7,7 +7,7 @@ The defaults read any table, so that settings, table and probe are a whole instr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -121,7 +121,3 @@ class Instrument:
             for name, variable in scalars.items()
             if name + STDERR in scalars
         )
-
-    def words_on(self, row: Mapping[str, Any]) -> str:
-        """Returns a measured row's most telling numbers in a few words."""
-        return loaded(self.headline)(row)

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from hessprobe.instruments.instrument import loaded
 from hessprobe.instruments.registry import reader_of
-from hessprobe.measuring.row_recorder import Measurement
+from hessprobe.measuring.row_recorder import Measurement, as_array
 from hessprobe.optimization.report import StepReport
 
 ACCENT = "cyan"
@@ -92,4 +93,5 @@ def stderr(*, quiet: bool = False) -> Console:
 def _headline(measurement: Measurement) -> str:
     """Returns a probe's most telling numbers in a few words; of numbers that have none, that there is a row."""
     assert measurement.row is not None
-    return reader_of(measurement.probe).words_on(measurement.row)
+    row = {name: as_array(value) for name, value in measurement.row.items()}
+    return loaded(reader_of(measurement.probe).headline)(row)

@@ -153,7 +153,7 @@ class ProbeRecorder:
         seconds = time.perf_counter() - start
         row.update(seconds=seconds, peak_memory=peak_memory(device, processes))
         row.update({name: (checked or {}).get(name, nan) for name in CHECKED})
-        self.writer.write(probe.name, snapshot.step, {name: _array(value) for name, value in row.items()})
+        self.writer.write(probe.name, snapshot.step, {name: as_array(value) for name, value in row.items()})
         return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=row)
 
     def fail(self, probe: Probe, step: int, error: Exception, seconds: float) -> Measurement:
@@ -179,5 +179,6 @@ def check_symmetry(gap: float, dtype: torch.dtype) -> None:
         )
 
 
-def _array(value: Any) -> Any:
+def as_array(value: Any) -> Any:
+    """Returns a tensor as an array of doubles; anything else as it is."""
     return value.detach().double().cpu().numpy() if isinstance(value, torch.Tensor) else value
