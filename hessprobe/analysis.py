@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from hessprobe.instruments.preconditioner.decrease_ratios import decrease_ratios as decrease_ratios
     from hessprobe.instruments.train.answers import TrainingSummary as TrainingSummary
     from hessprobe.instruments.train.answers import loss_curve as loss_curve
-    from hessprobe.instruments.train.answers import measuring_costs as measuring_costs
     from hessprobe.instruments.train.answers import summarize_training as summarize_training
+    from hessprobe.reading.costs import measuring_costs as measuring_costs
     from hessprobe.reading.finding import Finding as Finding
     from hessprobe.reading.load_run import load_run as load_run
     from hessprobe.reading.trend import Trend as Trend
@@ -91,7 +91,7 @@ _HOMES = {
     "ladder": "instruments.gn_hessian.ladder",
     "load_run": "reading.load_run",
     "loss_curve": "instruments.train.answers",
-    "measuring_costs": "instruments.train.answers",
+    "measuring_costs": "reading.costs",
     "merge_gains": "instruments.cross_layer.grouping.groupings",
     "negative_curvature": "instruments.gn_hessian.spectrum",
     "off_block_energy": "instruments.cross_layer.answers",

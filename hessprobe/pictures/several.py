@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from hessprobe.pictures.charts import Series, layout, shown
 from hessprobe.reading.rows import sound_rows
-from hessprobe.report.differences import Beside
+from hessprobe.report.beside import Beside
 
 COLORS = tuple(f"var(--series-{i})" for i in range(1, 8))
 

@@ -6,20 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 from matplotlib.figure import Figure
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.cross_layer import figures
-from hessprobe.instruments.cross_layer.grouping import figures as grouping_figures
-from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
-from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
-from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
-from hessprobe.instruments.train import figures as training_figures
-from hessprobe.pictures import paper
+from hessprobe.instruments.registry import EVERY_RUN, reader_of
+from hessprobe.pictures import matplotlib_pen
+from hessprobe.pictures.picture import Picture
+from hessprobe.report.asking import Asked, ask, readers
+from hessprobe.report.sections import pictures_of
+from hessprobe.report.until_slices import OLD
 
-Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray]]
+Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def save_figures(
     prefix: str = "",
     step: int | None = None,
     training: bool = True,
-    groupings: GroupingStudy | None = None,
+    groupings: Any = None,
 ) -> FigureSet:
     """Writes all figures of an opened run into a folder.
 
@@ -49,39 +49,28 @@ def save_figures(
         training: whether figures on training alone are drawn too.
         groupings: what `study_groupings` said of its table, where it was asked before (it takes seconds).
     """
-    drawings: dict[str, Draw] = {
-        "coupling": partial(figures.coupling_heatmap, run, step),
-        "coupling_by_distance": partial(figures.coupling_by_distance, run, step),
-        "off_block_energy": partial(figures.off_block_energy_over_training, run),
-        "cross_share": partial(figures.cross_share_over_training, run),
-        "jacobi_radius": partial(grouping_figures.overshoot_over_training, run),
-    }
-    study = groupings
-    if study is None and "cross_layer" in run.children:
-        study = study_groupings(run["cross_layer"].to_dataset())
-    study = study or GroupingStudy(
-        reason="this run holds no table 'cross_layer'; --probe cross_layer records it"
-    )
-    drawings |= {
-        "merge_gains": partial(grouping_figures.merge_gains, study),
-        "grouping_curve": partial(grouping_figures.grouping_curve, study),
-        "importance": partial(grouping_figures.importance_over_training, study),
-    }
-    # Of a table that was not recorded the page says which flag records it.
-    if "gn_hessian" in run.children:
-        drawings |= discrepancy_drawings(run)
-    if "preconditioner" in run.children:
-        drawings |= preconditioner_drawings(run)
-    if training:
-        drawings |= {
-            "loss": partial(training_figures.loss_curve, run),
-            "loss_by_tokens": partial(training_figures.loss_curve, run, "tokens"),
-            "loss_by_seconds": partial(training_figures.loss_curve, run, "seconds"),
-            "step_size": partial(training_figures.step_size_over_training, run),
-            "decrease": partial(training_figures.decrease_over_training, run),
-        }
+    asked = ask([run], upto=step)
+    if groupings is not None and "cross_layer" in asked.runs:
+        vars(asked.runs["cross_layer"][0].answers)["groupings"] = groupings
+    drawings: dict[str, Draw] = {}
+    for each in readers([run]):
+        if each.name != EVERY_RUN or training:
+            drawings |= _drawings(each.name, asked, step)
     # A step that was asked for and not measured is a mistake in the call.
     return save_drawings(drawings, folder, prefix=prefix, wanted="" if step is None else "coupling")
+
+
+def _drawings(name: str, asked: Asked, step: int | None) -> Mapping[str, Draw]:
+    answered = asked.recorded(name)
+    if name in OLD:
+        return OLD[name].drawings(asked.trees[0], answered and answered.answers, step)
+    # Of a table that was not recorded the page says which command records it.
+    found = [] if answered is None else pictures_of(reader_of(name), [answered])
+    return {picture.name: partial(_draw, picture) for picture in found if picture.where != "page"}
+
+
+def _draw(picture: Picture) -> tuple[Figure, xr.Dataset | xr.DataArray | None]:
+    return matplotlib_pen.draw(picture), picture.data
 
 
 def save_drawings(
@@ -98,5 +87,5 @@ def save_drawings(
                 raise
             left_out[name] = str(error)
         else:
-            written += paper.save(figure, folder, f"{prefix}{name}")
+            written += matplotlib_pen.save(figure, folder, f"{prefix}{name}")
     return FigureSet(written=written, left_out=left_out)

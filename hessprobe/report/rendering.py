@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from hessprobe import instruments
 
 
 def environment_of(package: str) -> Environment:
-    """Returns the templates in a package's own folder `templates`."""
+    """Returns the templates in a package's own folder `templates`, and those of instruments by folder and name."""
     return Environment(
-        loader=PackageLoader(package, "templates"),
+        loader=ChoiceLoader(
+            [PackageLoader(package, "templates"), FileSystemLoader(Path(instruments.__path__[0]))]
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

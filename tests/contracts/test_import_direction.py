@@ -58,14 +58,10 @@ BEYOND: dict[str, set[str]] = {
     "measuring/row_recorder.py": {"instruments/measure"},
     "measuring/console.py": {"instruments/declared"},
     "comparison/runs.py": {"instruments/reading"},
-    **dict.fromkeys(
-        ("report/differences.py", "report/figure_set.py", "report/findings.py", "report/page.py", "report/several_runs.py",
-         "report/terminal.py"),
-        {"instruments/reading"},
-    ),
+    **dict.fromkeys(("report/beside.py", "report/until_slices.py"), {"instruments/reading"}),
     **dict.fromkeys(
         ("pictures/several.py", "instruments/cross_layer/several.py", "instruments/gn_hessian/several.py",
-         "instruments/preconditioner/several.py", "instruments/train/section.py"),
+         "instruments/preconditioner/several.py"),
         {"report"},
     ),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from hessprobe.instruments.cross_layer.answers import (
 from hessprobe.pictures.charts import matrix, over_steps
 from hessprobe.pictures.several import Ask, Line, lines_over_steps, lines_with_errors
 from hessprobe.reading.rows import sound_rows
-from hessprobe.report.differences import Beside, coupling_difference
+from hessprobe.report.beside import Beside, coupling_difference
 
 
 def cross_layer_charts(beside: Sequence[Beside]) -> dict[str, go.Figure]:

@@ -19,7 +19,7 @@ from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.pictures.several import Ask, Line, lines_over_steps, looks
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import basis
-from hessprobe.report.differences import Beside
+from hessprobe.report.beside import Beside
 
 PERCENT = {"y_format": ".1%", "yaxis_tickformat": ".0~%"}
 

@@ -17,13 +17,7 @@ EVERY = ("step", "draw", "candidate", "curvature_sequences", "damping")
 _BLOCK = ("step", "candidate", "block")
 # What this file and its neighbours read; of the rest, older and newer tables may hold more or less.
 DIMS: dict[str, tuple[str, ...]] = {
-    **{
-        name: EVERY
-        for name in (
-            "efficiency", "efficiency_held_out", "best_alpha", "cosine", "slope", "curvature", "norm2",
-            "solver_residual",
-        )
-    },
+    **dict.fromkeys(("efficiency", "efficiency_held_out", "best_alpha", "cosine", "slope", "curvature", "norm2", "solver_residual"), EVERY),
     "slope_held_out": (*EVERY, "fold"),
     "curvature_held_out": (*EVERY, "fold"),
     "fold_tokens": ("step", "fold"),

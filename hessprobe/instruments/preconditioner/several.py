@@ -16,7 +16,7 @@ from hessprobe.pictures.charts import layout, over_steps
 from hessprobe.pictures.named_charts import add_dots, dotted, on_ratio_axis
 from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.pictures.several import Line, lines_over_steps, lines_with_errors, looks
-from hessprobe.report.differences import Beside
+from hessprobe.report.beside import Beside
 
 
 def several_preconditioner(beside: Sequence[Beside]) -> Section:

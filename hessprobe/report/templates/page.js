@@ -33,7 +33,8 @@
     const chosen = document.querySelector('input[name="clock"]:checked');
     if (!chosen || !stored.training || !area("loss")) return;
     const { title, x, hover } = stored.training[chosen.value];
-    Plotly.update(area("loss"), { x, hovertemplate: hover }, { "xaxis.title.text": title, "xaxis.autorange": true });
+    const steps = { customdata: stored.training.step.x };
+    Plotly.update(area("loss"), { x, hovertemplate: hover, ...steps }, { "xaxis.title.text": title, "xaxis.autorange": true });
   }
 
   const slider = document.getElementById("step-slider");

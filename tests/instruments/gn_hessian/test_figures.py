@@ -14,7 +14,10 @@ from rich.console import Console
 
 from hessprobe.analysis import open_run
 from hessprobe.instruments.gn_hessian import figures
-from hessprobe.report.differences import differences, runs_beside
+from hessprobe.reading.labelled import labels
+from hessprobe.reading.load_run import load_run
+from hessprobe.report.asking import ask
+from hessprobe.report.differences import differences
 from hessprobe.report.figure_set import save_drawings
 from hessprobe.report.several_runs import write_runs_report
 from hessprobe.report.terminal import show
@@ -99,8 +102,8 @@ def test_several_runs_stand_beside_each_other_up_to_their_common_step(tmp_path):
     for label, stored in zip(("one", "other"), tables, strict=True):
         np.testing.assert_array_equal(numbers(lines(text, "gn_gap")[label]["y"]), stored["gn_gap"])
         assert label in lines(text, "gn_density") and label in lines(text, "gn_linearisation")
-    beside, _ = runs_beside([one, other])
-    apart = next(each for each in differences(beside) if each.name == "gn_gap")
+    asked = ask([load_run(one), load_run(other)], labels([one, other]))
+    apart = next(each for each in differences(asked) if each.name == "gn_gap")
     gaps = [float(stored["gn_gap"].sel(step=12)) for stored in tables]
     assert apart.value == pytest.approx(abs(gaps[0] - gaps[1])) and apart.steps == (12,)
     assert apart.stderr == pytest.approx(0.05 * np.hypot(*gaps))

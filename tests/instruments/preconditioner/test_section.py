@@ -22,7 +22,11 @@ from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
 from hessprobe.instruments.preconditioner.findings import preconditioner_findings
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.preconditioner.section import preconditioner
-from hessprobe.report.differences import differences, runs_beside
+from hessprobe.reading.labelled import labels
+from hessprobe.reading.load_run import load_run
+from hessprobe.recipe import PreconditionerRecipe
+from hessprobe.report.asking import ask
+from hessprobe.report.differences import differences
 from hessprobe.report.figure_set import save_drawings, save_figures
 from hessprobe.report.page import write_report
 from hessprobe.report.several_runs import write_runs_report
@@ -331,4 +335,5 @@ def test_several_runs_stand_side_by_side(measured, tmp_path):
     # Other dampings, other numbers: such runs are not compared.
     recipe = PreconditionerRecipe(curvature_sequences=(4,), held_out_sequences=8, folds=4, dampings=(1.0,))
     apart = write_preconditioner_run(tmp_path / "apart", recipe=recipe, steps=(0,), train_steps=1)
-    assert "layerwise_over_full" not in {each.name for each in differences(runs_beside([measured, apart])[0])}
+    asked = ask([load_run(measured), load_run(apart)], labels([measured, apart]))
+    assert "layerwise_over_full" not in {each.name for each in differences(asked)}

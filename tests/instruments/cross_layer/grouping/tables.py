@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import xarray as xr
 
 from hessprobe.instruments.cross_layer.grouping.sketches import Sketches
-import itertools
 
 BLOCKS = ("a", "b", "c", "d")
 

@@ -21,17 +21,16 @@ CLOCKS = {
 def by_clock(figure: go.Figure, curves: Sequence[xr.Dataset]) -> dict[str, Any]:
     """Returns {clock: label, axis title, places and hover text of every line} for a chart over steps.
 
-    The clocks are those that every curve has at every step drawn, the steps themselves first.
+    The clocks are those that every curve has at every step drawn, the steps themselves first. The hover text takes the
+    steps from the lines' customdata, which the page's script puts there.
 
     Args:
-        figure: as `over_steps` returns it; its lines then carry their steps whatever is under them.
+        figure: the chart, its lines' places steps.
         curves: rows of the table `train`, one set for each line, holding every step it has.
     """
     lines: Any = figure.data
     places = {clock: _places(lines, curves, clock) for clock in CLOCKS}
     said = [str(line.hovertemplate).replace("step %{x}", "step %{customdata}") for line in lines]
-    for line, hover in zip(lines, said, strict=True):
-        line.update(customdata=line.x, hovertemplate=hover)
     return {
         clock: {"label": label, "title": title, "x": x, "hover": [_inserted(hover, words) for hover in said]}
         for clock, (label, title, words) in CLOCKS.items()
