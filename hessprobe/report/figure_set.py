@@ -15,7 +15,7 @@ from hessprobe.instruments.cross_layer import figures
 from hessprobe.instruments.cross_layer.grouping import figures as grouping_figures
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
-from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
+from hessprobe.instruments.preconditioner.section import preconditioner_drawings
 from hessprobe.instruments.train import figures as training_figures
 from hessprobe.pictures import paper
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import plotly.io
 import xarray as xr
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from hessprobe import instruments
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
 from hessprobe.instruments.cross_layer.section import cross_layer
 from hessprobe.instruments.gn_hessian.section import gn_hessian
@@ -104,7 +105,9 @@ def render_page(
 ) -> str:
     """Returns a page as HTML text: findings, sections in their order, and the template on how to read it."""
     environment = Environment(
-        loader=PackageLoader("hessprobe.report", "templates"),
+        loader=ChoiceLoader(
+            [PackageLoader("hessprobe.report", "templates"), FileSystemLoader(Path(instruments.__path__[0]))]
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 from hessprobe.instruments.cross_layer.several import cross_layer_charts, last_coupling
 from hessprobe.instruments.gn_hessian.several import several_gn_hessian
-from hessprobe.instruments.preconditioner.several import several_preconditioner
+from hessprobe.instruments.preconditioner.section import several_preconditioner
 from hessprobe.instruments.train.answers import measuring_costs, summarize_training
 from hessprobe.instruments.train.charts import by_clock
 from hessprobe.pictures.charts import over_steps

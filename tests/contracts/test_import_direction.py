@@ -63,7 +63,7 @@ BEYOND: dict[str, set[str]] = {
     ),
     **dict.fromkeys(
         ("pictures/several.py", "instruments/cross_layer/several.py", "instruments/gn_hessian/several.py",
-         "instruments/preconditioner/several.py", "instruments/train/section.py"),
+         "instruments/train/section.py"),
         {"report"},
     ),
 }  # fmt: skip
