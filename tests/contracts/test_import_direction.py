@@ -74,7 +74,7 @@ WITH_TORCH = {
     "machine", "problem", "models", "text", "curvature", "estimation", "kernels", "optimization", "instruments/measure",
     "measuring", "training", "any_loop", "checkpoints", "integrations", "validation",
 }  # fmt: skip
-DECLARED = {"__init__", "recipe", "table"}
+DECLARED = {"__init__", "candidates", "recipe", "table"}
 
 
 class Import(NamedTuple):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.preconditioner.table import EVERY, FULL, GROUPED, LAYERWISE, dims_of_variables
+from hessprobe.instruments.preconditioner.recipe import GROUPED
+from hessprobe.instruments.preconditioner.table import EVERY, FULL, LAYERWISE, dims_of_variables
 from hessprobe.reading.rows import sound_rows
 
 # What this file and its neighbours read; of the rest, older and newer tables may hold more or less.

@@ -13,7 +13,6 @@ from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable, decla
 
 # Candidates with a part of their own: the exact solves by block and for all blocks, and the step the run really took.
 LAYERWISE, FULL, UPDATE = "layerwise_gn", "full_gn", "update"
-GROUPED = "grouped_gn_"  # what names of exact solves by groups of blocks begin with
 EVERY = ("step", "draw", "candidate", "curvature_sequences", "damping")
 # A dimension of this table, where the others hold one number per row.
 _MEASUREMENT = tuple(variable for variable in MEASUREMENT_VARIABLES if variable.name != "damping")
