@@ -86,6 +86,7 @@ def _called(name: str) -> str:
 
 
 def error_of(value: xr.DataArray) -> float | None:
+    """Returns a standard error, None where it is not finite."""
     number = float(value)
     return number if np.isfinite(number) else None
 

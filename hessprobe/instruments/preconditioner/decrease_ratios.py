@@ -8,6 +8,7 @@ there are two or more. Measured steps read sequences of their own. Where steps s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def combine(values: np.ndarray, left_out: np.ndarray | None = None) -> Combined:
         values: (t, d, n) by step and draw.
         left_out: (t, d, n, f) with each fold left out; None for numbers that are exact but for what was drawn.
     """
-    steps, draws, count = values.shape
+    steps, _, count = values.shape
     per_step = _mean(values, 1)
     kept = np.asarray(np.isfinite(per_step).any(0))
     used = np.asarray(np.isfinite(per_step[:, kept]).all(1) & kept.any())
@@ -110,8 +111,7 @@ def decrease_ratios(rows: xr.Dataset, other: str = LAYERWISE) -> xr.Dataset:
 
 
 def closest(rows: xr.Dataset, names: list[str]) -> tuple[str, int, int] | None:
-    """Returns which of the candidates gets farthest on held-out sequences, how many more cannot be told from it, and how
-    many were measured.
+    """Returns which candidate gets farthest held out, how many more cannot be told from it, and how many were measured.
 
     At the first damping and the largest curvature batch, by the ratio to the layerwise oracle; None where none was
     measured beside it.
@@ -185,7 +185,7 @@ def _crossing(sizes: np.ndarray, logs: Combined) -> dict[str, Any]:
         return result
     sign = ahead[known]
     resolved = np.flatnonzero(sign)
-    changes = [(i, j) for i, j in zip(resolved, resolved[1:], strict=False) if sign[i] != sign[j]]
+    changes = [(i, j) for i, j in pairwise(resolved) if sign[i] != sign[j]]
     if resolved.size == 0:
         result["verdict"] = "not resolved"
     elif not changes:

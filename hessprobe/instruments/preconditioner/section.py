@@ -95,6 +95,7 @@ def _board(answers: PreconditionerAnswers) -> list[dict[str, Any]]:
 
 # Until the report asks instruments through their registry.
 def preconditioner(run: xr.DataTree) -> Section:
+    """Returns the section of one run, or one that says which flag records it."""
     section = partial(
         Section, name="preconditioner", title="Preconditioners", template="preconditioner/section.html.j2"
     )
@@ -110,6 +111,7 @@ def preconditioner(run: xr.DataTree) -> Section:
 
 # Until the report asks instruments through their registry.
 def several_preconditioner(beside: Sequence[Any]) -> Section:
+    """Returns the section of several runs."""
     section = partial(
         Section, name="preconditioner", title="Preconditioners", template="preconditioner/several.html.j2"
     )
@@ -126,6 +128,7 @@ def several_preconditioner(beside: Sequence[Any]) -> Section:
 
 # Until the report asks instruments through their registry.
 def preconditioner_drawings(run: xr.DataTree) -> dict[str, Callable[[], Any]]:
+    """Returns {file name: function that draws it}."""
     answers = PreconditionerAnswers(require_table(run, "preconditioner"))
 
     def draw(picture: Picture) -> tuple[Any, Any]:

@@ -8,11 +8,11 @@ import torch
 
 from hessprobe.instruments.preconditioner.measure.candidates.candidate import Asked, loaded
 from hessprobe.instruments.preconditioner.measure.site import Groups
+from hessprobe.instruments.preconditioner.recipe import CANDIDATES
 from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.optimization.damped_solves import DampedSolutions
 from hessprobe.optimization.place import Direction, Place
 from hessprobe.optimization.running import RunningOptimizer
-from hessprobe.recipe import CANDIDATES
 
 # Those that answer to a place alone: no solve, and not the step the run took.
 BUILT = tuple(name for name in CANDIDATES if name not in ("update", "layerwise_gn", "full_gn"))

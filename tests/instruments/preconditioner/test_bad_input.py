@@ -23,12 +23,12 @@ from hessprobe.instruments.preconditioner.measure.candidates.candidate import (
     for_every_damping,
 )
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.measuring.row_recorder import ProbeRecorder
 from hessprobe.optimization.place import Direction
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.store.reader import open_run
 from hessprobe.store.writer import RunWriter
 from tests.instruments.preconditioner.truth import problem, snapshot_of

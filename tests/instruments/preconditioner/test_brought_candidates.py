@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from hessprobe.errors import UserError
 from hessprobe.instruments.preconditioner.candidates import BUILT_IN, known_candidates
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
+from hessprobe.instruments.preconditioner.recipe import CANDIDATES, PreconditionerRecipe
 from hessprobe.instruments.snapshot import Row
 from hessprobe.problem.partition import Partition
-from hessprobe.recipe import CANDIDATES, PreconditionerRecipe
 from hessprobe.store.reader import open_run
 from hessprobe.training.loop import train
 from tests.instruments.preconditioner.truth import problem, snapshot_of
@@ -78,7 +78,7 @@ def measured(*candidates: str) -> Row:
 
 
 def test_they_are_known_behind_ours_and_measured_as_ours_are(site):
-    assert known_candidates() == BUILT_IN | ENTRIES and CANDIDATES == tuple(BUILT_IN)
+    assert known_candidates() == BUILT_IN | ENTRIES and tuple(BUILT_IN) == CANDIDATES
     row = measured("gradient", "signs", "damped")
     assert list(row["candidate_failure"]) == ["", "", ""]
     assert np.isfinite(row["efficiency"]).all() and np.isfinite(row["block_efficiency"]).all()

@@ -21,11 +21,11 @@ from hessprobe.instruments.preconditioner.answers import PreconditionerAnswers
 from hessprobe.instruments.preconditioner.efficiency_pictures import efficiency_over_training
 from hessprobe.instruments.preconditioner.findings import findings
 from hessprobe.instruments.preconditioner.pictures import pictures
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.preconditioner.section import preconditioner
 from hessprobe.pictures import matplotlib_pen
 from hessprobe.pictures.picture import Picture
 from hessprobe.reading.labelled import Labelled
-from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.report.differences import differences, runs_beside
 from hessprobe.report.figure_set import save_figures
 from hessprobe.report.page import write_report
