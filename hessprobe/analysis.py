@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from hessprobe.instruments.gn_hessian.ladder import ladder as ladder
     from hessprobe.instruments.gn_hessian.spectrum import negative_curvature as negative_curvature
     from hessprobe.instruments.gn_hessian.spectrum import smoothed_density as smoothed_density
-    from hessprobe.instruments.preconditioner.answers import decreases as decreases
-    from hessprobe.instruments.preconditioner.answers import efficiency as efficiency
-    from hessprobe.instruments.preconditioner.answers import preconditioner_rows as preconditioner_rows
-    from hessprobe.instruments.preconditioner.answers import scoreboard as scoreboard
     from hessprobe.instruments.preconditioner.blocks import block_losses as block_losses
     from hessprobe.instruments.preconditioner.blocks import block_steps as block_steps
     from hessprobe.instruments.preconditioner.decrease_ratios import cross_layer_pays as cross_layer_pays
     from hessprobe.instruments.preconditioner.decrease_ratios import decrease_ratios as decrease_ratios
+    from hessprobe.instruments.preconditioner.efficiency import decreases as decreases
+    from hessprobe.instruments.preconditioner.efficiency import efficiency as efficiency
+    from hessprobe.instruments.preconditioner.efficiency import preconditioner_rows as preconditioner_rows
+    from hessprobe.instruments.preconditioner.efficiency import scoreboard as scoreboard
     from hessprobe.instruments.train.answers import TrainingSummary as TrainingSummary
     from hessprobe.instruments.train.answers import loss_curve as loss_curve
     from hessprobe.instruments.train.answers import summarize_training as summarize_training
@@ -81,8 +81,8 @@ _HOMES = {
     "curvature_ratio": "instruments.gn_hessian.answers",
     "curvature_shares": "instruments.cross_layer.answers",
     "decrease_ratios": "instruments.preconditioner.decrease_ratios",
-    "decreases": "instruments.preconditioner.answers",
-    "efficiency": "instruments.preconditioner.answers",
+    "decreases": "instruments.preconditioner.efficiency",
+    "efficiency": "instruments.preconditioner.efficiency",
     "findings": "report.findings",
     "gn_gap": "instruments.gn_hessian.answers",
     "greedy_grouping": "instruments.cross_layer.grouping.groupings",
@@ -96,13 +96,13 @@ _HOMES = {
     "negative_curvature": "instruments.gn_hessian.spectrum",
     "off_block_energy": "instruments.cross_layer.answers",
     "open_run": "store.reader",
-    "preconditioner_rows": "instruments.preconditioner.answers",
+    "preconditioner_rows": "instruments.preconditioner.efficiency",
     "ranked_gains": "instruments.cross_layer.grouping.study",
     "reached_damping": "instruments.cross_layer.grouping.table",
     "relative_decrease": "instruments.cross_layer.grouping.groupings",
     "require_table": "store.reader",
     "residual_by_block": "instruments.gn_hessian.answers",
-    "scoreboard": "instruments.preconditioner.answers",
+    "scoreboard": "instruments.preconditioner.efficiency",
     "sketches_of": "instruments.cross_layer.grouping.sketches",
     "smoothed_density": "instruments.gn_hessian.spectrum",
     "strongest_pairs": "instruments.cross_layer.answers",

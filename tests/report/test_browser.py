@@ -153,7 +153,9 @@ def test_both_other_instruments_show_every_chart_without_sideways_scrolling(
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-@pytest.mark.parametrize("chart", ["gn_gap", "gn_directions", "layerwise_over_full", "scoreboard"])
+@pytest.mark.parametrize(
+    "chart", ["gn_gap", "gn_directions", "layerwise_over_full", "preconditioner_scoreboard"]
+)
 def test_hovering_their_charts_says_a_value(visit, discrepancies, chart):
     tab = visit(discrepancies)
     said = hover(tab, chart, *place(tab, chart, -1, 0))

@@ -12,7 +12,8 @@ import xarray as xr
 from hessprobe.instruments.instrument import STDERR
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import basis
-from hessprobe.schema.table import CHECK_VARIABLES, MEASUREMENT_VARIABLES, RECORDED, STEP
+from hessprobe.instruments.row_variables import CHECK_VARIABLES, MEASUREMENT_VARIABLES
+from hessprobe.schema.table import RECORDED, STEP
 
 # What every instrument's rows hold; the page's section on costs and its findings on symmetry speak of them.
 _OF_EVERY_ROW = {variable.name for variable in (*MEASUREMENT_VARIABLES, *CHECK_VARIABLES)} | {RECORDED}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hessprobe.instruments.instrument import STDERR
-from hessprobe.schema.table import CHECK_VARIABLES, MEASUREMENT_VARIABLES
+from hessprobe.instruments.row_variables import CHECK_VARIABLES, MEASUREMENT_VARIABLES
 
 NUMBERS_SAID = 3
 _OF_EVERY_ROW = {variable.name for variable in (*MEASUREMENT_VARIABLES, *CHECK_VARIABLES)}

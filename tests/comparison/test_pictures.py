@@ -6,13 +6,17 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from hessprobe.comparison.compared import Comparison, compare
-from hessprobe.comparison.figures import learning_rates, loss_against, save_figures, steps_to_target
+from hessprobe.comparison.pictures import learning_rates, loss_against, save_figures, steps_to_target
 from hessprobe.errors import UserError
+from hessprobe.pictures import matplotlib_pen
+from hessprobe.pictures.picture import Picture
 from tests.comparison.study_runs import falling, write_losses, write_study
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +33,17 @@ def compared(study: Path) -> Comparison:
     return compare([study], 2.0)
 
 
+def on_paper(picture: Picture) -> tuple[Figure, Any]:
+    """Returns a picture as a figure, and the numbers it says it draws."""
+    return matplotlib_pen.draw(picture), picture.data
+
+
 @pytest.mark.parametrize(
     ("measure", "a_step"),
     [("steps", 1), ("tokens_with_line_search", 1.5 * 8 * 4 * 64), ("gradient_equivalents", 24)],
 )
 def test_loss_against_what_was_spent(compared, measure, a_step):
-    figure, drawn = loss_against(compared, measure)
+    figure, drawn = on_paper(loss_against(compared, measure))
     lines = [line for line in figure.axes[0].lines if len(np.asarray(line.get_xdata())) > 2]
     assert len(lines) == drawn.sizes["run"] == 15
     for line, run in zip(lines, drawn["run"].values, strict=True):
@@ -53,23 +62,25 @@ def test_loss_against_what_was_spent(compared, measure, a_step):
 
 
 def test_bars_of_steps_with_the_range_over_seeds(compared):
-    figure, drawn = steps_to_target(compared)
+    figure, drawn = on_paper(steps_to_target(compared))
     axes = figure.axes[0]
-    np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [11, 43 / 3, 128 / 3, 43, 0])
+    bars: Any = axes.patches
+    np.testing.assert_allclose([bar.get_width() for bar in bars], [11, 43 / 3, 128 / 3, 43, 0])
     assert np.isnan(drawn["mean"].sel(measure="steps").values[-1])
-    ends = np.array([segment[:, 0] for segment in axes.collections[0].get_segments()])
+    drawn_ends: Any = axes.collections
+    ends = np.array([segment[:, 0] for bars in drawn_ends for segment in bars.get_segments()])
     np.testing.assert_allclose(ends, [[10, 12], [13, 16], [39, 46], [40, 45]])
     assert [text.get_text() for text in axes.texts][-1] == "2 of 3 reached"
 
 
 def test_steps_against_learning_rate(compared, tmp_path):
-    figure, drawn = learning_rates(compared)
+    figure, drawn = on_paper(learning_rates(compared))
     assert drawn["learning_rate"].values.tolist() == [0.01, 0.02, 0.04, 0.03, 0.1]
     np.testing.assert_allclose(drawn["mean"].sel(measure="steps"), [14, 11, 14, 128 / 3, 50])
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [14, 11, 14])
     write_losses(tmp_path / "run", [3.0, 2.0])
     with pytest.raises(UserError, match="no method reached the target at two learning rates"):
-        learning_rates(compare([tmp_path]))
+        matplotlib_pen.draw(learning_rates(compare([tmp_path])))
 
 
 def test_they_are_saved_as_pdf_with_text_and_png(tmp_path):
