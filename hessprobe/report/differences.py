@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
+from hessprobe.instruments.cross_layer.answers import NO_ROWS, CrossLayerAnswers, comparable
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.labelled import labels
 from hessprobe.reading.load_run import load_run
@@ -57,14 +58,8 @@ def runs_beside(paths: Sequence[Path]) -> tuple[list[Beside], int | None]:
         "gn_gap",
     )
     none = GroupingStudy(reason="there is no table 'cross_layer'; --probe cross_layer records it")
-    studies = [none if table is None else study_groupings(table) for table in tables]
-    damping = max((study.damping for study in studies if not study.reason), default=np.nan)
-    studies = [
-        study
-        if study.reason or study.damping == damping or table is None
-        else study_groupings(table, damping)
-        for study, table in zip(studies, tables, strict=True)
-    ]
+    answers = comparable([CrossLayerAnswers(NO_ROWS if table is None else table) for table in tables])
+    studies = [none if table is None else each.groupings for each, table in zip(answers, tables, strict=True)]
     beside = []
     for label, tree, table, gap, study in zip(
         labels(paths), trees, tables, against_hessian, studies, strict=True
@@ -197,25 +192,3 @@ def _difference(name: str, beside: Sequence[Beside]) -> Finding | None:
 def _apart(one: Finding, other: Finding) -> tuple[float, float]:
     """Returns the difference of two independent numbers and its standard error."""
     return one.value - other.value, float(np.hypot(one.stderr or 0.0, other.stderr or 0.0))
-
-
-def coupling_difference(first: Beside, second: Beside) -> xr.Dataset | None:
-    """Returns the second run's coupling minus the first's at their last rows (block, other_block), with its error.
-
-    NaN where a pair lies within its errors: as many as make noise among all pairs as rare as two do for one. None for
-    runs of different blocks, or without rows.
-    """
-    rows = []
-    for run in (first, second):
-        table = None if run.table is None else sound_rows(run.table, "coupling")
-        if table is None or table.sizes["step"] == 0 or "coupling_stderr" not in table:
-            return None
-        rows.append(table[["coupling", "coupling_stderr"]].isel(step=-1).load())
-    if list(rows[0]["block"].values) != list(rows[1]["block"].values):
-        return None
-    size = rows[1]["coupling"] - rows[0]["coupling"]
-    stderr = np.hypot(rows[0]["coupling_stderr"], rows[1]["coupling_stderr"])
-    size, stderr = (each.drop_vars("step", errors="ignore") for each in (size, stderr))
-    layers = size.sizes["block"]
-    enough = standard_errors_of_largest(layers * (layers - 1) // 2)
-    return xr.Dataset({"difference": size.where(abs(size) > enough * stderr), "stderr": stderr})

@@ -6,18 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 from matplotlib.figure import Figure
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.cross_layer import figures
-from hessprobe.instruments.cross_layer.grouping import figures as grouping_figures
-from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
+from hessprobe.instruments.cross_layer.answers import NO_ROWS, CrossLayerAnswers
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy
+from hessprobe.instruments.cross_layer.pictures import pictures
 from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
 from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
 from hessprobe.instruments.train import figures as training_figures
 from hessprobe.pictures import paper
+from hessprobe.pictures.matplotlib_pen import draw
+from hessprobe.pictures.picture import Picture
+from hessprobe.reading.labelled import Labelled
 
 Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray]]
 
@@ -49,24 +53,7 @@ def save_figures(
         training: whether figures on training alone are drawn too.
         groupings: what `study_groupings` said of its table, where it was asked before (it takes seconds).
     """
-    drawings: dict[str, Draw] = {
-        "coupling": partial(figures.coupling_heatmap, run, step),
-        "coupling_by_distance": partial(figures.coupling_by_distance, run, step),
-        "off_block_energy": partial(figures.off_block_energy_over_training, run),
-        "cross_share": partial(figures.cross_share_over_training, run),
-        "jacobi_radius": partial(grouping_figures.overshoot_over_training, run),
-    }
-    study = groupings
-    if study is None and "cross_layer" in run.children:
-        study = study_groupings(run["cross_layer"].to_dataset())
-    study = study or GroupingStudy(
-        reason="this run holds no table 'cross_layer'; --probe cross_layer records it"
-    )
-    drawings |= {
-        "merge_gains": partial(grouping_figures.merge_gains, study),
-        "grouping_curve": partial(grouping_figures.grouping_curve, study),
-        "importance": partial(grouping_figures.importance_over_training, study),
-    }
+    drawings: dict[str, Draw] = _cross_layer(run, step, groupings)
     # Of a table that was not recorded the page says which flag records it.
     if "gn_hessian" in run.children:
         drawings |= discrepancy_drawings(run)
@@ -82,6 +69,25 @@ def save_figures(
         }
     # A step that was asked for and not measured is a mistake in the call.
     return save_drawings(drawings, folder, prefix=prefix, wanted="" if step is None else "coupling")
+
+
+# Until the report asks instruments through their registry.
+def _cross_layer(run: xr.DataTree, step: int | None, groupings: GroupingStudy | None) -> dict[str, Draw]:
+    """Returns {figure: function that draws it} of one run; without a table each says which flag records it."""
+    known = "cross_layer" in run.children
+    table = run["cross_layer"].to_dataset() if known else NO_ROWS
+    answers = CrossLayerAnswers(
+        table, train=run["train"].to_dataset() if "train" in run.children else None, groupings=groupings
+    )
+    runs = [Labelled(label="", answers=answers, compared=answers)]
+
+    def drawing(picture: Picture) -> tuple[Figure, Any]:
+        if not known:
+            raise UserError("this run holds no table 'cross_layer'; --probe cross_layer records it")
+        return draw(picture), picture.data
+
+    shown = [picture for picture in pictures(runs, step) if picture.where != "page"]
+    return {picture.name: partial(drawing, picture) for picture in shown}
 
 
 def save_drawings(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.cross_layer.findings import cross_layer_findings, cross_layer_trends
-from hessprobe.instruments.cross_layer.grouping.findings import grouping_findings
-from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
+from hessprobe.instruments.cross_layer.answers import CrossLayerAnswers
+from hessprobe.instruments.cross_layer.findings import findings as cross_layer_findings
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy
 from hessprobe.instruments.gn_hessian.findings import discrepancy_findings, discrepancy_trends
 from hessprobe.instruments.preconditioner.findings import preconditioner_findings
 from hessprobe.instruments.train.answers import measuring_costs, summarize_training
@@ -31,10 +31,7 @@ def findings(run: xr.DataTree, groupings: GroupingStudy | None = None) -> list[F
     probes = [name for name in ("cross_layer", "gn_hessian", "preconditioner") if name in run.children]
     found = symmetry_findings({name: run[name].to_dataset() for name in probes})
     if "cross_layer" in run.children:
-        table = run["cross_layer"].to_dataset()
-        found += cross_layer_findings(table)
-        found += grouping_findings(study_groupings(table) if groupings is None else groupings)
-        found += cross_layer_trends(table)
+        found += cross_layer_findings(CrossLayerAnswers(run["cross_layer"].to_dataset(), groupings=groupings))
     if "gn_hessian" in run.children:
         table = run["gn_hessian"].to_dataset()
         found += discrepancy_findings(table) + discrepancy_trends(table)

@@ -15,7 +15,7 @@ from typing import Any
 
 import plotly.io
 import xarray as xr
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -33,6 +33,7 @@ from hessprobe.report.provenance import provenance, said_time
 from hessprobe.report.summary import findings_json, summary_markdown
 
 PAGE = "report.html"
+INSTRUMENTS = Path(__file__).parents[1] / "instruments"
 # In reading order. A later table adds its builder here and a template of the same name.
 SECTIONS = (gn_hessian, preconditioner, training, costs, provenance)
 
@@ -104,7 +105,7 @@ def render_page(
 ) -> str:
     """Returns a page as HTML text: findings, sections in their order, and the template on how to read it."""
     environment = Environment(
-        loader=PackageLoader("hessprobe.report", "templates"),
+        loader=ChoiceLoader([PackageLoader("hessprobe.report", "templates"), FileSystemLoader(INSTRUMENTS)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

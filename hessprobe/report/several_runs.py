@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hessprobe.instruments.cross_layer.several import cross_layer_charts, last_coupling
+from hessprobe.instruments.cross_layer.section import several_cross_layer
 from hessprobe.instruments.gn_hessian.several import several_gn_hessian
 from hessprobe.instruments.preconditioner.several import several_preconditioner
 from hessprobe.instruments.train.answers import measuring_costs, summarize_training
 from hessprobe.instruments.train.charts import by_clock
 from hessprobe.pictures.charts import over_steps
-from hessprobe.pictures.section import Section, table_or_reason
+from hessprobe.pictures.section import Section
 from hessprobe.pictures.several import lines_over_steps, stored_line
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import counted
@@ -41,7 +41,7 @@ def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> 
         name=name,
         findings=found,
         sections=[
-            _cross_layer(beside),
+            several_cross_layer(beside),
             several_gn_hessian(beside),
             several_preconditioner(beside),
             _training(beside),
@@ -59,29 +59,6 @@ def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> 
     write_page(path.with_name(f"{stem}findings.json"), findings_json(name, found, {}))
     write_page(path.with_name(f"{stem}summary.md"), summary_markdown(name, found, {}))
     return path
-
-
-def _cross_layer(beside: Sequence[Beside]) -> Section:
-    missing = [
-        f"{run.label}: {reason}" for run in beside if (reason := table_or_reason(run.tree, "cross_layer")[1])
-    ]
-    charts = cross_layer_charts(beside)
-    content = {
-        "missing": missing,
-        "matrices": [run.label for run in beside if last_coupling(run) is not None],
-        "pair": [run.label for run in beside],
-        "no_groupings": [f"{run.label}: {run.groupings.reason}" for run in beside if run.groupings.reason],
-        "damping": max((run.groupings.damping for run in beside if not run.groupings.reason), default=None),
-    }
-    if not charts:
-        return Section(
-            name="cross_layer", title="Cross-layer importance", template="several_cross_layer.html.j2",
-            missing=" ".join(missing) or "No measured row holds a number yet.",
-        )  # fmt: skip
-    return Section(
-        name="cross_layer", title="Cross-layer importance", template="several_cross_layer.html.j2",
-        content=content, charts=charts,
-    )  # fmt: skip
 
 
 def _training(beside: Sequence[Beside]) -> Section:

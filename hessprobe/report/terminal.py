@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hessprobe.instruments.cross_layer.answers import coupling, cross_share, strongest_pairs
+from hessprobe.instruments.cross_layer.terminal import show_cross_layer
 from hessprobe.instruments.gn_hessian.terminal import show_gn_hessian
 from hessprobe.instruments.preconditioner.terminal import show_preconditioner
 from hessprobe.reading.load_run import load_run
-from hessprobe.reading.rows import failed_rows, sound_rows
-from hessprobe.reading.wording import basis, counted, percent, plus_minus
+from hessprobe.reading.rows import failed_rows
+from hessprobe.reading.wording import counted
 from hessprobe.report.findings import findings
 from hessprobe.store.reader import require_table
 
@@ -51,7 +51,7 @@ def show(run: Path, console: Console, tables: Sequence[str] = (), limit: int = 6
         if table.sizes["step"] == 0:
             console.print("nothing recorded yet")
         elif name == "cross_layer":
-            _show_cross_layer(table, console)
+            show_cross_layer(table, console)
         elif name == "gn_hessian":
             show_gn_hessian(table, console)
         elif name == "preconditioner":
@@ -93,72 +93,3 @@ def _cell(value) -> str:
     if not np.isfinite(number):
         return "-"
     return f"{int(number):,}" if number.is_integer() and abs(number) >= 100 else f"{number:.4g}"
-
-
-def _show_cross_layer(table: xr.Dataset, console: Console) -> None:
-    """Prints the last measured row: coupling of every pair with errors, shares between layers, cost."""
-    rows = coupling(table)
-    if rows.sizes["step"] == 0:
-        console.print("no row holds a number")
-        return
-    row = rows.isel(step=-1)
-    whole = table.sel(step=int(row["step"])).load()
-    console.print(f"step {int(row['step'])}  {basis(whole)}", highlight=False)
-    for part in _matrix(row, console.width) if row.sizes["block"] <= 16 else [_pairs(row)]:
-        console.print(part)
-    facts = []
-    if "off_block_energy" in whole:
-        energy, error = float(whole["off_block_energy"]), float(whole["off_block_energy_stderr"])
-        facts.append(f"off-block energy  {percent(energy, error)}")
-    if sound_rows(table, "step_curvature").sizes["step"]:
-        shares = cross_share(whole["step_curvature"])
-        facts += [
-            f"cross share along {str(direction).replace('_', ' ')}  "
-            f"{percent(float(shares.sel(direction=direction)))}"
-            for direction in shares["direction"].values
-        ]
-    facts.append(
-        f"cost  {plus_minus(float(whole['seconds']), None, 's')}, "
-        f"{plus_minus(float(whole['gradient_equivalents']), None, 'gradient equivalents')}"
-    )
-    for fact in facts:
-        console.print(fact, highlight=False, markup=False)
-
-
-def _matrix(row: xr.Dataset, width: int) -> list[Table]:
-    """Returns the coupling of every pair with its error; where that is too wide, bare values and ranks."""
-    names = [escape(str(name)) for name in row["block"].values]
-    values, errors = row["coupling"].values, row["coupling_stderr"].values
-    cells = [
-        [plus_minus(float(values[i, j]), float(errors[i, j])) if j > i else "" for j in range(len(names))]
-        for i in range(len(names))
-    ]
-    widths = [
-        max(len(names[j]), *(len(row_cells[j]) for row_cells in cells)) + 2 for j in range(1, len(names))
-    ]
-    fits = sum(widths) + max(len(name) for name in names) <= width
-    shown = Table(box=None, pad_edge=False, header_style="dim", title="coupling", title_justify="left")
-    shown.add_column("")
-    for j, name in enumerate(names[1:], start=1):
-        shown.add_column(name if fits else str(j), justify="right", no_wrap=True)
-    for i, name in enumerate(names if not fits else names[:-1]):
-        numbers = (
-            cells[i]
-            if fits
-            else [f"{values[i, j]:.2f}".replace("0.", ".", 1) if j > i else "" for j in range(len(names))]
-        )
-        shown.add_row(name if fits else f"{i} {name}", *numbers[1:])
-    return [shown] if fits else [shown, _pairs(row)]
-
-
-def _pairs(row: xr.Dataset) -> Table:
-    shown = Table(box=None, pad_edge=False, header_style="dim", title="strongest pairs", title_justify="left")
-    for heading in ("block", "other block", "coupling"):
-        shown.add_column(heading, justify="left" if heading != "coupling" else "right")
-    pairs = strongest_pairs(row, count=16)
-    for i in range(pairs.sizes["pair"]):
-        names = (escape(str(pairs[side].values[i])) for side in ("block", "other_block"))
-        shown.add_row(
-            *names, plus_minus(float(pairs["coupling"].values[i]), float(pairs["coupling_stderr"].values[i]))
-        )
-    return shown
