@@ -18,8 +18,7 @@ from hessprobe.instruments.cross_layer.pictures import pictures
 from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
 from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
 from hessprobe.instruments.train import figures as training_figures
-from hessprobe.pictures import paper
-from hessprobe.pictures.matplotlib_pen import draw
+from hessprobe.pictures import matplotlib_pen, paper
 from hessprobe.pictures.picture import Picture
 from hessprobe.reading.labelled import Labelled
 
@@ -84,7 +83,7 @@ def _cross_layer(run: xr.DataTree, step: int | None, groupings: GroupingStudy | 
     def drawing(picture: Picture) -> tuple[Figure, Any]:
         if not known:
             raise UserError("this run holds no table 'cross_layer'; --probe cross_layer records it")
-        return draw(picture), picture.data
+        return matplotlib_pen.draw(picture), picture.data
 
     shown = [picture for picture in pictures(runs, step) if picture.where != "page"]
     return {picture.name: partial(drawing, picture) for picture in shown}
