@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import zarr
 
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable
+from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
+from hessprobe.instruments.cross_layer.table import cross_layer_table as declared_table
+from hessprobe.schema.table import Table, Variable
 from hessprobe.store.writer import RunWriter
 
 LAYERS = ("embedding", *(f"block.{i}" for i in range(4)), "head")
-PAIR = ("step", "block", "other_block")
 TRAIN = (
     "loss", "held_out_loss", "step_size", "update_norm", "gradient_norm", "predicted_decrease",
     "actual_decrease", "tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents",
@@ -35,33 +36,11 @@ def attributes(blocks: Sequence[str] = LAYERS, **changes: Any) -> dict[str, Any]
 
 
 def cross_layer_table(blocks: Sequence[str] = LAYERS, sketches: tuple[int, int] | None = None) -> Table:
-    """Returns the layout; with `sketches` (sequences, rounds), that of layer kernels."""
-    names = [("fro2", PAIR), ("fro2_stderr", PAIR), ("coupling", PAIR), ("coupling_stderr", PAIR),
-             ("off_block_energy", ("step",)), ("off_block_energy_stderr", ("step",)),
-             ("step_curvature", ("step", "direction", "block", "other_block")),
-             ("step_slope", ("step", "direction", "block")),
-             ("gradient_norm2", ("step", "block"))]  # fmt: skip
-    labels: dict[str, Sequence] = {
-        "block": blocks, "other_block": blocks, "direction": ["update", "negative_gradient"]}  # fmt: skip
-    attributes: dict[str, object] = {"samples": 8}
-    if sketches is not None:
-        names += [("kernel", ("step", "block", "sketch", "other_sketch")),
-                  ("alignment", ("step", "direction", "block", "sketch")), ("sequence_tokens", ("step", "sketch")),
-                  ("jacobi_radius", ("step",)), ("jacobi_radius_held_out", ("step",)), ("rounds", ("step",))]  # fmt: skip
-        sequences, rounds = sketches
-        labels["sketch"] = labels["other_sketch"] = list(range(sequences * rounds))
-        attributes = {"jacobi_damping": 0.1, "method": "kernels",
-                      "sketch_sequence": [m % sequences for m in labels["sketch"]],
-                      "sketch_round": [m // sequences for m in labels["sketch"]]}  # fmt: skip
-    variables = [
-        Variable(
-            name=n, dims=d, units="1", long_name=n, estimator="invented",
-            dtype="float32" if n == "kernel" else "float64",
-        )
-        for n, d in names
-    ]  # fmt: skip
-    return Table(name="cross_layer", variables=(*variables, *MEASUREMENT_VARIABLES), coordinates=labels,
-                 attributes=attributes)  # fmt: skip
+    """Returns the layout of products; with `sketches` (sequences, rounds), that of layer kernels."""
+    if sketches is None:
+        return declared_table(CrossLayerRecipe(method="products"), tuple(blocks))
+    sequences, rounds = sketches
+    return declared_table(CrossLayerRecipe(sequences=sequences, rounds=rounds), tuple(blocks))
 
 
 def train_table() -> Table:

@@ -15,9 +15,10 @@ import zarr
 from hessprobe.analysis import open_run
 from hessprobe.cli import main
 from hessprobe.errors import UserError
+from hessprobe.instruments.cross_layer.answers import CrossLayerAnswers, coupling_difference
 from hessprobe.reading.labelled import labels
 from hessprobe.reading.trend import standard_errors_of_largest
-from hessprobe.report.differences import coupling_difference, differences, runs_beside
+from hessprobe.report.differences import differences, runs_beside
 from hessprobe.report.several_runs import write_runs_report
 from tests.report.odd_text import HOSTILE
 from tests.report.page_reading import numbers, script_json
@@ -73,7 +74,7 @@ def test_every_line_is_what_is_stored_and_matrices_are_of_the_last_common_step(t
         off = ~np.eye(len(LAYERS), dtype=bool)
         np.testing.assert_allclose(shown[off], matrix[-1][off], rtol=1e-6)
     means = [[np.diagonal(m[-1], offset=d).mean() for d in range(1, 6)] for m in stored(runs, "coupling")]
-    for line, expected in zip(charts["distance"]["data"], means, strict=True):
+    for line, expected in zip(charts["coupling_by_distance"]["data"], means, strict=True):
         np.testing.assert_allclose(numbers(line["y"]), expected)
     for line, values in zip(charts["loss"]["data"], stored(runs, "held_out_loss", "train", 99), strict=True):
         np.testing.assert_array_equal(numbers(line["y"]), values[np.isfinite(values)])
@@ -130,8 +131,8 @@ def test_two_runs_are_told_apart_or_not(runs, monkeypatch, apart, resolved):
 
 
 def test_the_difference_of_couplings_is_blank_within_its_errors(runs):
-    beside, _ = runs_beside(runs)
-    apart = coupling_difference(*beside)
+    tables = [open_run(run)["cross_layer"].to_dataset().sel(step=slice(20)) for run in runs]
+    apart = coupling_difference(*map(CrossLayerAnswers, tables))
     assert apart is not None
     (first, second), (e1, e2) = ([x[-1] for x in stored(runs, n)] for n in ("coupling", "coupling_stderr"))
     size, stderr = second - first, np.hypot(e1, e2)

@@ -14,7 +14,7 @@ from hessprobe.analysis import (
     off_block_energy,
     strongest_pairs,
 )
-from hessprobe.instruments.cross_layer.answers import depths
+from hessprobe.instruments.cross_layer.coupling import depths
 from tests.instruments.cross_layer.tables import BLOCKS, table
 
 

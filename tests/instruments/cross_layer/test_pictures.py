@@ -1,4 +1,4 @@
-"""Figures draw what is stored, return what they drew, and are written as PDF with real text and as PNG."""
+"""Pictures hold what is stored, and both pens draw them; figures are written as PDF with real text and as PNG."""
 
 from __future__ import annotations
 
@@ -14,48 +14,64 @@ import xarray as xr
 from hessprobe.analysis import open_run
 from hessprobe.cli import main
 from hessprobe.errors import UserError
-from hessprobe.instruments.cross_layer.figures import (
-    coupling_by_distance,
-    coupling_heatmap,
-    cross_share_over_training,
-    off_block_energy_over_training,
-)
+from hessprobe.instruments.cross_layer.answers import NO_ROWS, CrossLayerAnswers
+from hessprobe.instruments.cross_layer.pictures import pictures
 from hessprobe.instruments.train.figures import decrease_over_training, loss_curve, step_size_over_training
+from hessprobe.pictures.matplotlib_pen import draw
 from hessprobe.pictures.paper import save
+from hessprobe.pictures.picture import Picture
+from hessprobe.reading.labelled import Labelled
 from hessprobe.report.figure_set import save_figures
+from tests.pictures.drawn import lines_on_paper
 from tests.report.runs import write_run
 
 SCRIPT = Path(__file__).parents[3] / "analyses" / "cross_layer_importance.py"
 TRAINING = {"loss", "loss_by_tokens", "loss_by_seconds", "step_size", "decrease"}
 
 
-def test_the_heatmap_draws_the_row_it_returns_with_the_diagonal_blank(log: xr.DataTree):
-    figure, drawn = coupling_heatmap(log, step=20)
+def drawn(log: xr.DataTree, step: int | None = None) -> dict[str, Picture]:
+    """Returns a run's pictures by name."""
+    table = log["cross_layer"].to_dataset() if "cross_layer" in log.children else NO_ROWS
+    answers = CrossLayerAnswers(table, train=log["train"].to_dataset())
+    return {
+        each.name: each for each in pictures([Labelled(label="", answers=answers, compared=answers)], step)
+    }
+
+
+def test_the_heatmap_draws_the_stored_row_with_the_diagonal_blank(log: xr.DataTree):
+    picture = drawn(log, step=20)["coupling"]
+    figure = draw(picture)
     image = np.ma.asarray(figure.axes[0].images[0].get_array())
     stored = log["cross_layer"].to_dataset().sel(step=20)
     off = ~np.eye(6, dtype=bool)
-    assert np.ma.getmaskarray(image).diagonal().all()
+    assert np.ma.getmaskarray(image).diagonal().all() and figure.axes[0].get_title(loc="left") == "step 20"
     np.testing.assert_array_equal(np.asarray(image)[off], stored["coupling"].values[off])
-    np.testing.assert_array_equal(drawn["coupling_stderr"].values[off], stored["coupling_stderr"].values[off])
-    assert int(coupling_heatmap(log)[1]["step"]) == 30
+    assert picture.data is not None
+    np.testing.assert_array_equal(
+        picture.data["coupling_stderr"].values[off], stored["coupling_stderr"].values[off]
+    )
+    assert drawn(log)["coupling"].at == "step 30"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(stored["block"].values)
 
 
-def test_the_lines_are_the_data_returned(log: xr.DataTree):
-    figure, shares = cross_share_over_training(log)
-    for line, direction in zip(figure.axes[0].lines, ("update", "negative_gradient"), strict=False):
-        np.testing.assert_allclose(np.asarray(line.get_ydata()), 100 * shares.sel(direction=direction).values)
-    matrix = log["cross_layer"].to_dataset()["step_curvature"].sel(step=30, direction="update").values
-    expected = (matrix.sum() - np.trace(matrix)) / matrix.sum()
-    assert float(shares.sel(step=30, direction="update")) == pytest.approx(expected, rel=1e-12)
-    figure, energy = off_block_energy_over_training(log)
-    stored = log["cross_layer"].to_dataset().sel(step=energy["step"].values)
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), 100 * stored["off_block_energy"].values)
-    figure, means = coupling_by_distance(log, step=20)
-    row = log["cross_layer"].to_dataset().sel(step=20)["coupling"].values
-    expected = [np.diagonal(row, offset=d).mean() for d in range(1, 6)]
-    np.testing.assert_allclose(means["coupling"], expected)
-    np.testing.assert_allclose(figure.axes[0].containers[0].lines[0].get_ydata(), expected)
+def test_the_lines_are_what_is_stored(log: xr.DataTree):
+    table, found = log["cross_layer"].to_dataset(), drawn(log)
+    figure = draw(found["cross_share"])
+    for line, direction in zip(lines_on_paper(figure), ("update", "negative_gradient"), strict=True):
+        matrices = table["step_curvature"].sel(step=line["x"], direction=direction).values
+        expected = [(matrix.sum() - np.trace(matrix)) / matrix.sum() for matrix in matrices]
+        np.testing.assert_allclose(line["y"], expected, rtol=1e-12)
+    (line,) = lines_on_paper(draw(found["off_block_energy"]))
+    stored = table.sel(step=line["x"])
+    np.testing.assert_allclose(line["y"], stored["off_block_energy"].values)
+    np.testing.assert_allclose(line["stderr"], stored["off_block_energy_stderr"].values)
+    pairs, means = lines_on_paper(draw(found["coupling_by_distance"]))
+    row = table.sel(step=30)["coupling"].values
+    np.testing.assert_allclose(means["y"], [np.diagonal(row, offset=d).mean() for d in range(1, 6)])
+    np.testing.assert_allclose(np.sort(pairs["y"]), np.sort(row[np.triu_indices(6, k=1)]))
+
+
+def test_the_lines_of_training_are_the_data_returned(log: xr.DataTree):
     figure, decrease = decrease_over_training(log)
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), log["train"]["actual_decrease"].values)
     np.testing.assert_array_equal(
@@ -96,18 +112,22 @@ def test_saved_as_pdf_with_text_and_png_at_column_width(log: xr.DataTree, tmp_pa
 
 def test_what_cannot_be_drawn_is_said(log: xr.DataTree, tmp_path):
     with pytest.raises(UserError, match="step 7 was not measured; measured: 0, 5, 20, 25, 30"):
-        coupling_heatmap(log, step=7)
+        drawn(log, step=7)
     bare = open_run(write_run(tmp_path / "bare", steps=None))
-    with pytest.raises(UserError, match="no table 'cross_layer'"):
-        coupling_heatmap(bare)
     blank = open_run(write_run(tmp_path / "blank", steps=[0], blank=[0]))
-    with pytest.raises(UserError, match="nothing to draw"):
-        cross_share_over_training(blank)
+    for run in (bare, blank):
+        for picture in drawn(run).values():
+            with pytest.raises(UserError):
+                draw(picture)
+        with pytest.raises(UserError, match="holds a step_curvature; nothing to draw"):
+            draw(drawn(run)["cross_share"])
+    told = save_figures(bare, tmp_path / "figures", training=False).left_out
+    assert told["coupling"] == "this run holds no table 'cross_layer'; --probe cross_layer records it"
 
 
 def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path):
     run = open_run(write_run(tmp_path / "run", blocks=["$x_1", "$\\bad{", "head"]))
-    save(coupling_heatmap(run)[0], tmp_path, "coupling")
+    save(draw(drawn(run)["coupling"]), tmp_path, "coupling")
 
 
 def test_every_figure_a_run_can_give_is_drawn_and_the_others_say_why(sketched, tmp_path, quick):
