@@ -62,7 +62,7 @@ def cross_layer_row(blocks: Sequence[str], time: float, rng: np.random.Generator
     fro2 = coupling * np.sqrt(np.outer(norms, norms))
     factors = rng.standard_normal((2, size, 3)) + 0.8
     return {
-        "fro2": fro2, "fro2_stderr": 0.04 * fro2, "coupling": coupling,
+        "fro2": fro2, "fro2_stderr": 0.04 * fro2, "fro2_low": 0.93 * fro2, "fro2_high": 1.09 * fro2, "coupling": coupling,
         "coupling_stderr": np.where(distance == 0, 0.0, 0.015 + 0.01 * rng.random((size, size))),
         "off_block_energy": 1 - np.trace(fro2) / fro2.sum(), "off_block_energy_stderr": 0.012,
         "step_curvature": factors @ factors.transpose(0, 2, 1), "step_slope": rng.standard_normal((2, size)),
@@ -92,6 +92,7 @@ def sketches_row(
         "kernel": np.stack(kernel), "alignment": np.stack([np.full_like(along, np.nan), -np.stack(along)]),
         "gradient_norm2": np.array(norm2), "sequence_tokens": np.full(rounds * sequences, 64.0),
         "jacobi_radius": 3.2 - time, "jacobi_radius_held_out": 2.7 - time, "rounds": float(rounds),
+        "coupling_error": 0.02,
     }  # fmt: skip
 
 
