@@ -160,7 +160,7 @@ def _rows(
     for probe in recorder.probes:
         began = time.perf_counter()
         try:
-            batches = _batches(series, probe, series.reads[number], reader, parameters.device)
+            batches = objective.held(_batches(series, probe, series.reads[number], reader, parameters.device))
             # The batch is the row's own, so that its loss is known; and there is no loop that trains on it.
             checked = {"activation_bits": checks.check(batches).activation_bits} if checks else {}
         except Exception as error:

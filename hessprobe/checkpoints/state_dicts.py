@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hessprobe.checkpoints.series import Reader, check_probes, recipe_of
 from hessprobe.errors import UserError
 from hessprobe.measuring.failures import reason_of
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.recipe import ModelRecipe
 from hessprobe.training.builds import open_corpus
@@ -259,12 +260,12 @@ class _Given:
         """Returns the first batches that hold so many sequences between them, the last one cut; fewer where they end."""
         from hessprobe.measuring.probe_batches import first_sequences
 
-        while sum(self._objective.sequence_shape(batch)[0] for batch in self._batches) < sequences:
+        while sum(self._objective.sequences(batch) for batch in self._batches) < sequences:
             try:
                 self._batches.append(next(self._left))
             except StopIteration:
                 break
-        return first_sequences(self._objective, self._batches, sequences)
+        return list(first_sequences(MicroBatches(self._objective, self._batches), sequences))
 
 
 def _made(function: Any, name: str, flag: str = "--model") -> Any:

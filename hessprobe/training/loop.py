@@ -13,7 +13,7 @@ import torch
 from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.machine.devices import peak_memory
 from hessprobe.machine.process_group import own_device
-from hessprobe.machine.processes import ALONE, Processes
+from hessprobe.machine.processes import ALONE, Processes, together
 from hessprobe.measuring.loggers import check_loggers
 from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes
 from hessprobe.optimization.report import StepReport
@@ -32,6 +32,7 @@ from hessprobe.training.run_data import RunData
 from hessprobe.training.train_row import Totals, layout, train_row
 
 
+@together(lambda *_, processes=ALONE, **__: processes)
 def train(recipe: Recipe, folder: Path, *, resume: bool = False, processes: Processes = ALONE) -> RunEnd:
     """Runs a recipe into folder/log.zarr and folder/checkpoint.
 
@@ -45,11 +46,6 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, processes: Proc
         Diverged: the loss is not finite; the log up to that step is kept.
         RunFailed: a stream of data broke off, or a process died.
     """
-    with processes.together():
-        return _train(recipe, folder, resume, processes)
-
-
-def _train(recipe: Recipe, folder: Path, resume: bool, processes: Processes) -> RunEnd:
     check_loggers(recipe.loggers)
     check_shares(recipe, processes)
     if recipe.training.threads:

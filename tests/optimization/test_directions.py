@@ -84,7 +84,7 @@ def library_steps(candidate: str, place: Place, history: list[Tensor], refresh: 
     hidden = [p for name, p in parameters.items() if is_hidden(name) and candidate not in ("adam", "sophia")]
     others = [p for p in parameters.values() if not any(p is q for q in hidden)]
     make: dict[str, Callable[[], list[torch.optim.Optimizer]]] = {
-        "adam": lambda: [],
+        "adam": list,
         "sophia": lambda: [SophiaH(others, lr=RATE / 0.05, betas=(0.96, 0.99), p=0.05, update_period=2**62)],
         "muon": lambda: [torch.optim.Muon(hidden, lr=RATE, momentum=0.95, weight_decay=0.1)],
         "soap": lambda: [

@@ -74,8 +74,10 @@ def jacobi_radius(table: xr.Dataset) -> xr.Dataset:
 
 
 def depths(blocks: np.ndarray) -> np.ndarray:
-    """Returns each block's depth (l,): N for `block.N`, one before the first for the embedding, one after for
-    the head; NaN for a block with no single place (a tied `embedding+head`, names of the user's own)."""
+    """Returns each block's depth (l,): N for `block.N`, one before the first for the embedding, one after for the head.
+
+    NaN for a block with no single place (a tied `embedding+head`, names of the user's own).
+    """
     names = [str(name) for name in blocks]
     numbered = [_NUMBERED.search(name) for name in names]
     found = [int(match[1]) for match in numbered if match]

@@ -21,7 +21,7 @@ def findings(answers: CrossLayerAnswers) -> list[Finding]:
 
 
 # The recipe's word for the matrix whose blocks were measured -> its name and symbol in a sentence.
-_MATRICES = {
+MATRICES = {
     "gauss_newton": ("the Gauss-Newton matrix", "G"),
     "hessian": ("the Hessian", "H"),
     "residual": ("the residual H - G", "H - G"),
@@ -41,7 +41,7 @@ def off_block(answers: CrossLayerAnswers) -> Finding | None:
     )
     resolved = abs(value) > STANDARD_ERRORS * stderr
     what = percent(value, stderr)
-    matrix, symbol = _MATRICES[answers.table.attrs.get("matrix", "gauss_newton")]
+    matrix, symbol = MATRICES[answers.table.attrs.get("matrix", "gauss_newton")]
     return Finding(
         name="off_block_energy",
         sentence=f"At step {step:,}, {what} of the squared norm of {matrix} lies between "

@@ -72,7 +72,7 @@ def test_the_lines_are_what_is_stored(log: xr.DataTree):
 
 
 def test_the_lines_of_training_are_the_data_returned(log: xr.DataTree):
-    figure, decrease = decrease_over_training(log)
+    figure, _ = decrease_over_training(log)
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), log["train"]["actual_decrease"].values)
     np.testing.assert_array_equal(
         figure.axes[0].lines[1].get_ydata(), log["train"]["predicted_decrease"].values

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.preconditioner.table import preconditioner_table
-from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.store.writer import RunWriter
 from tests.report.runs import LAYERS, attributes, train_row, train_table
 

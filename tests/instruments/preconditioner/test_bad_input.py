@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from hessprobe.errors import UserError
 from hessprobe.instruments.preconditioner.measure import site as preconditioner_site
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.measuring.row_recorder import ProbeRecorder
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.store.reader import open_run
 from hessprobe.store.writer import RunWriter
 from tests.instruments.preconditioner.truth import problem, snapshot_of

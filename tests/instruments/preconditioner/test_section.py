@@ -20,8 +20,8 @@ from hessprobe.analysis import open_run, preconditioner_rows
 from hessprobe.errors import UserError
 from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
 from hessprobe.instruments.preconditioner.findings import preconditioner_findings
+from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.preconditioner.section import preconditioner
-from hessprobe.recipe import PreconditionerRecipe
 from hessprobe.report.differences import differences, runs_beside
 from hessprobe.report.figure_set import save_drawings, save_figures
 from hessprobe.report.page import write_report

@@ -71,7 +71,7 @@ def curve_picture(runs: Sequence[Run]) -> Lines:
         at=_at(study) if alone and study.has("captured") else "",
         lines=_curve(study) if alone else lines_of_runs(runs, ask, ""),
         x=Axis(words="groups", reverse=True, whole=True),
-        y=Axis(words="captured share of full's decrease", percent=True, number=".2%", at=1.0),
+        y=Axis(words="share of full's decrease", percent=True, number=".2%", at=1.0),
         hover="{x} groups: {y} of full",
         legend=True,
         missing=study.reason or study.left_out,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import xarray as xr
 
@@ -20,7 +22,7 @@ def of(w: np.ndarray, g: np.ndarray, tokens: np.ndarray, starts: np.ndarray = ST
     """Returns what the sketches w (rounds, sequences, p) know."""
     rounds, count, _ = w.shape
     flat = w.reshape(rounds * count, -1)
-    parts = [slice(i, j) for i, j in zip(starts[:-1], starts[1:], strict=True)]
+    parts = [slice(i, j) for i, j in itertools.pairwise(starts)]
     return Sketches(
         blocks=tuple("abcdefgh"[: len(parts)]),
         kernel=np.stack([flat[:, s] @ flat[:, s].T for s in parts]),
