@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hessprobe.instruments.cross_layer.answers import coupling as coupling
-    from hessprobe.instruments.cross_layer.answers import coupling_by_distance as coupling_by_distance
-    from hessprobe.instruments.cross_layer.answers import cross_share as cross_share
-    from hessprobe.instruments.cross_layer.answers import curvature_shares as curvature_shares
-    from hessprobe.instruments.cross_layer.answers import jacobi_radius as jacobi_radius
-    from hessprobe.instruments.cross_layer.answers import off_block_energy as off_block_energy
-    from hessprobe.instruments.cross_layer.answers import strongest_pairs as strongest_pairs
+    from hessprobe.instruments.cross_layer.coupling import coupling as coupling
+    from hessprobe.instruments.cross_layer.coupling import coupling_by_distance as coupling_by_distance
+    from hessprobe.instruments.cross_layer.coupling import cross_share as cross_share
+    from hessprobe.instruments.cross_layer.coupling import curvature_shares as curvature_shares
+    from hessprobe.instruments.cross_layer.coupling import jacobi_radius as jacobi_radius
+    from hessprobe.instruments.cross_layer.coupling import off_block_energy as off_block_energy
+    from hessprobe.instruments.cross_layer.coupling import strongest_pairs as strongest_pairs
     from hessprobe.instruments.cross_layer.grouping.answer import Answer as Answer
     from hessprobe.instruments.cross_layer.grouping.groupings import GroupingCurve as GroupingCurve
     from hessprobe.instruments.cross_layer.grouping.groupings import block_importance as block_importance
@@ -73,13 +73,13 @@ _HOMES = {
     "block_importance": "instruments.cross_layer.grouping.groupings",
     "block_losses": "instruments.preconditioner.blocks",
     "block_steps": "instruments.preconditioner.blocks",
-    "coupling": "instruments.cross_layer.answers",
-    "coupling_by_distance": "instruments.cross_layer.answers",
+    "coupling": "instruments.cross_layer.coupling",
+    "coupling_by_distance": "instruments.cross_layer.coupling",
     "cross_layer_pays": "instruments.preconditioner.decrease_ratios",
-    "cross_share": "instruments.cross_layer.answers",
+    "cross_share": "instruments.cross_layer.coupling",
     "curvature_along": "instruments.cross_layer.grouping.groupings",
     "curvature_ratio": "instruments.gn_hessian.answers",
-    "curvature_shares": "instruments.cross_layer.answers",
+    "curvature_shares": "instruments.cross_layer.coupling",
     "decrease_ratios": "instruments.preconditioner.decrease_ratios",
     "decreases": "instruments.preconditioner.efficiency",
     "efficiency": "instruments.preconditioner.efficiency",
@@ -87,14 +87,14 @@ _HOMES = {
     "gn_gap": "instruments.gn_hessian.answers",
     "greedy_grouping": "instruments.cross_layer.grouping.groupings",
     "grouping_table": "instruments.cross_layer.grouping.table",
-    "jacobi_radius": "instruments.cross_layer.answers",
+    "jacobi_radius": "instruments.cross_layer.coupling",
     "ladder": "instruments.gn_hessian.ladder",
     "load_run": "reading.load_run",
     "loss_curve": "instruments.train.answers",
     "measuring_costs": "reading.costs",
     "merge_gains": "instruments.cross_layer.grouping.groupings",
     "negative_curvature": "instruments.gn_hessian.spectrum",
-    "off_block_energy": "instruments.cross_layer.answers",
+    "off_block_energy": "instruments.cross_layer.coupling",
     "open_run": "store.reader",
     "preconditioner_rows": "instruments.preconditioner.efficiency",
     "ranked_gains": "instruments.cross_layer.grouping.study",
@@ -105,7 +105,7 @@ _HOMES = {
     "scoreboard": "instruments.preconditioner.efficiency",
     "sketches_of": "instruments.cross_layer.grouping.sketches",
     "smoothed_density": "instruments.gn_hessian.spectrum",
-    "strongest_pairs": "instruments.cross_layer.answers",
+    "strongest_pairs": "instruments.cross_layer.coupling",
     "study_groupings": "instruments.cross_layer.grouping.study",
     "summarize_training": "instruments.train.answers",
     "trend": "reading.trend",

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.colors import sequential
 
 ACCENT, SECOND, FAINT = "var(--accent)", "var(--second)", "var(--faint)"
 DIVERGING = [[0.0, "var(--negative)"], [0.5, "var(--card)"], [1.0, "var(--positive)"]]
@@ -121,75 +119,4 @@ def over_steps(series: Sequence[Series], y: str, y_format: str = ".4g", **change
             error_y={"type": "data", "array": errors, "thickness": 1.2, "width": 3} if bars else None,
             hovertemplate=f"{shown(line.label)}<br>step %{{x}}: {said}<extra></extra>",
         )
-    return figure
-
-
-def matrix(names: Sequence[str], *, signed: bool, limit: float, hover: str, ticks: str) -> go.Figure:
-    """Returns an empty block-by-block heatmap; the page's slider fills it with the step it shows.
-
-    Args:
-        names: block names, in reading order.
-        signed: a diverging scale about zero; else a sequential one from zero.
-        limit: the scale's end, the same for every step so that steps can be compared.
-        hover: what the hover text says of a cell, in plotly's template language.
-        ticks: d3 format of the colour bar's numbers.
-    """
-    labels = [shown(name) for name in names]
-    short = [shown(name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}") for name in map(str, names)]
-    blank = np.full((len(labels), len(labels)), np.nan, dtype="f4")
-    figure = go.Figure(
-        go.Heatmap(
-            x=labels,
-            y=labels,
-            z=blank,
-            customdata=blank,
-            zmin=-limit if signed else 0.0,
-            zmax=limit,
-            colorscale=DIVERGING if signed else sequential.Cividis,
-            xgap=1,
-            ygap=1,
-            hoverongaps=False,
-            hovertemplate=f"%{{y}} × %{{x}}<br>{hover}<extra></extra>",
-            colorbar={
-                "orientation": "h",
-                "x": 0.5,
-                "y": 1.0,
-                "yanchor": "bottom",
-                "thickness": 8,
-                "len": 1.0,
-                "ypad": 4,
-                "outlinewidth": 0,
-                "tickformat": ticks,
-                "nticks": 5,
-            },
-        ),
-        layout=layout("", "", margin={"l": 20, "r": 10, "t": 30, "b": 20}),
-    )
-    # Few blocks: name each. Many: let plotly choose which, or the labels would run into each other.
-    axis: dict[str, Any] = {"type": "category", "title": None, "showgrid": False}
-    if len(labels) <= 40:
-        axis |= {"tickvals": labels, "ticktext": short}
-    figure.update_xaxes({**axis, "autotickangles": [0, -90]})
-    figure.update_yaxes({**axis, "autorange": "reversed"})
-    return figure
-
-
-def by_distance() -> go.Figure:
-    """Returns an empty chart of coupling against layer distance: every pair a dot, means with errors."""
-    figure = go.Figure(layout=layout("layers apart", "coupling", showlegend=True))
-    figure.add_scatter(
-        mode="markers",
-        name="pairs",
-        marker={"color": SECOND, "size": 5, "opacity": 0.55},
-        hovertemplate="%{customdata[0]}<br>coupling %{y:.3g} ± %{customdata[1]:.2g}<extra></extra>",
-    )
-    figure.add_scatter(
-        mode="lines+markers",
-        name="mean, with its error",
-        line={"color": ACCENT, "width": 1.8},
-        error_y={"type": "data", "thickness": 1.2, "width": 3},
-        hovertemplate="%{x} apart<br>coupling %{y:.3g} ± %{customdata:.2g}<extra></extra>",
-    )
-    figure.update_xaxes(dtick=1)
-    figure.update_yaxes(rangemode="tozero")
     return figure

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import zarr
 
-from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
+from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
+from hessprobe.instruments.cross_layer.table import cross_layer_table as declared_table
 from hessprobe.schema.table import Table, Variable
 from hessprobe.store.writer import RunWriter
 
 LAYERS = ("embedding", *(f"block.{i}" for i in range(4)), "head")
-PAIR = ("step", "block", "other_block")
 TRAIN = (
     "loss", "held_out_loss", "step_size", "update_norm", "gradient_norm", "predicted_decrease",
     "actual_decrease", "tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents",
@@ -36,33 +36,11 @@ def attributes(blocks: Sequence[str] = LAYERS, **changes: Any) -> dict[str, Any]
 
 
 def cross_layer_table(blocks: Sequence[str] = LAYERS, sketches: tuple[int, int] | None = None) -> Table:
-    """Returns the layout; with `sketches` (sequences, rounds), that of layer kernels."""
-    names = [("fro2", PAIR), ("fro2_stderr", PAIR), ("coupling", PAIR), ("coupling_stderr", PAIR),
-             ("off_block_energy", ("step",)), ("off_block_energy_stderr", ("step",)),
-             ("step_curvature", ("step", "direction", "block", "other_block")),
-             ("step_slope", ("step", "direction", "block")),
-             ("gradient_norm2", ("step", "block"))]  # fmt: skip
-    labels: dict[str, Sequence] = {
-        "block": blocks, "other_block": blocks, "direction": ["update", "negative_gradient"]}  # fmt: skip
-    attributes: dict[str, object] = {"samples": 8}
-    if sketches is not None:
-        names += [("kernel", ("step", "block", "sketch", "other_sketch")),
-                  ("alignment", ("step", "direction", "block", "sketch")), ("sequence_tokens", ("step", "sketch")),
-                  ("jacobi_radius", ("step",)), ("jacobi_radius_held_out", ("step",)), ("rounds", ("step",))]  # fmt: skip
-        sequences, rounds = sketches
-        labels["sketch"] = labels["other_sketch"] = list(range(sequences * rounds))
-        attributes = {"jacobi_damping": 0.1, "method": "kernels",
-                      "sketch_sequence": [m % sequences for m in labels["sketch"]],
-                      "sketch_round": [m // sequences for m in labels["sketch"]]}  # fmt: skip
-    variables = [
-        Variable(
-            name=n, dims=d, units="1", long_name=n, estimator="invented",
-            dtype="float32" if n == "kernel" else "float64",
-        )
-        for n, d in names
-    ]  # fmt: skip
-    return Table(name="cross_layer", variables=(*variables, *MEASUREMENT_VARIABLES), coordinates=labels,
-                 attributes=attributes)  # fmt: skip
+    """Returns the layout of products; with `sketches` (sequences, rounds), that of layer kernels."""
+    if sketches is None:
+        return declared_table(CrossLayerRecipe(method="products"), tuple(blocks))
+    sequences, rounds = sketches
+    return declared_table(CrossLayerRecipe(sequences=sequences, rounds=rounds), tuple(blocks))
 
 
 def train_table() -> Table:
@@ -84,7 +62,7 @@ def cross_layer_row(blocks: Sequence[str], time: float, rng: np.random.Generator
     fro2 = coupling * np.sqrt(np.outer(norms, norms))
     factors = rng.standard_normal((2, size, 3)) + 0.8
     return {
-        "fro2": fro2, "fro2_stderr": 0.04 * fro2, "coupling": coupling,
+        "fro2": fro2, "fro2_stderr": 0.04 * fro2, "fro2_low": 0.93 * fro2, "fro2_high": 1.09 * fro2, "coupling": coupling,
         "coupling_stderr": np.where(distance == 0, 0.0, 0.015 + 0.01 * rng.random((size, size))),
         "off_block_energy": 1 - np.trace(fro2) / fro2.sum(), "off_block_energy_stderr": 0.012,
         "step_curvature": factors @ factors.transpose(0, 2, 1), "step_slope": rng.standard_normal((2, size)),
@@ -114,6 +92,7 @@ def sketches_row(
         "kernel": np.stack(kernel), "alignment": np.stack([np.full_like(along, np.nan), -np.stack(along)]),
         "gradient_norm2": np.array(norm2), "sequence_tokens": np.full(rounds * sequences, 64.0),
         "jacobi_radius": 3.2 - time, "jacobi_radius_held_out": 2.7 - time, "rounds": float(rounds),
+        "coupling_error": 0.02,
     }  # fmt: skip
 
 

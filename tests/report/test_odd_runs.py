@@ -244,11 +244,11 @@ def test_reading_and_reporting_need_no_torch(run, tmp_path):
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path; from rich.console import Console\n"
         "from hessprobe.report.page import write_report\n"
-        "from hessprobe.instruments.cross_layer.figures import coupling_heatmap\n"
+        "from hessprobe.report.figure_set import save_figures\n"
         "from hessprobe.report.terminal import show\n"
         "from hessprobe.analysis import open_run\n"
         "path = Path(sys.argv[1]); write_report(path, Path(sys.argv[2]) / 'page.html')\n"
-        "coupling_heatmap(open_run(path)); show(path, Console())\n"
+        "save_figures(open_run(path), Path(sys.argv[2])); show(path, Console())\n"
     )
     subprocess.run([sys.executable, "-c", code, str(run), str(tmp_path)], check=True, capture_output=True)
     assert (tmp_path / "page.html").stat().st_size > 1_000_000
