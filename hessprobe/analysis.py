@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from hessprobe.instruments.cross_layer.grouping.study import study_groupings as study_groupings
     from hessprobe.instruments.cross_layer.grouping.table import grouping_table as grouping_table
     from hessprobe.instruments.cross_layer.grouping.table import reached_damping as reached_damping
-    from hessprobe.instruments.gn_hessian.answers import block_gap as block_gap
-    from hessprobe.instruments.gn_hessian.answers import curvature_ratio as curvature_ratio
-    from hessprobe.instruments.gn_hessian.answers import gn_gap as gn_gap
-    from hessprobe.instruments.gn_hessian.answers import residual_by_block as residual_by_block
     from hessprobe.instruments.gn_hessian.ladder import ladder as ladder
+    from hessprobe.instruments.gn_hessian.norms import block_gap as block_gap
+    from hessprobe.instruments.gn_hessian.norms import curvature_ratio as curvature_ratio
+    from hessprobe.instruments.gn_hessian.norms import gn_gap as gn_gap
+    from hessprobe.instruments.gn_hessian.norms import residual_by_block as residual_by_block
     from hessprobe.instruments.gn_hessian.spectrum import negative_curvature as negative_curvature
     from hessprobe.instruments.gn_hessian.spectrum import smoothed_density as smoothed_density
     from hessprobe.instruments.preconditioner.answers import decreases as decreases
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
     from hessprobe.instruments.preconditioner.decrease_ratios import decrease_ratios as decrease_ratios
     from hessprobe.instruments.train.answers import TrainingSummary as TrainingSummary
     from hessprobe.instruments.train.answers import loss_curve as loss_curve
-    from hessprobe.instruments.train.answers import measuring_costs as measuring_costs
     from hessprobe.instruments.train.answers import summarize_training as summarize_training
     from hessprobe.reading.finding import Finding as Finding
     from hessprobe.reading.load_run import load_run as load_run
     from hessprobe.reading.trend import Trend as Trend
     from hessprobe.reading.trend import trend as trend
+    from hessprobe.report.costs import measuring_costs as measuring_costs
     from hessprobe.report.findings import findings as findings
     from hessprobe.store.reader import open_run as open_run
     from hessprobe.store.reader import require_table as require_table
@@ -69,7 +69,7 @@ _HOMES = {
     "Sketches": "instruments.cross_layer.grouping.sketches",
     "TrainingSummary": "instruments.train.answers",
     "Trend": "reading.trend",
-    "block_gap": "instruments.gn_hessian.answers",
+    "block_gap": "instruments.gn_hessian.norms",
     "block_importance": "instruments.cross_layer.grouping.groupings",
     "block_losses": "instruments.preconditioner.blocks",
     "block_steps": "instruments.preconditioner.blocks",
@@ -78,20 +78,20 @@ _HOMES = {
     "cross_layer_pays": "instruments.preconditioner.decrease_ratios",
     "cross_share": "instruments.cross_layer.answers",
     "curvature_along": "instruments.cross_layer.grouping.groupings",
-    "curvature_ratio": "instruments.gn_hessian.answers",
+    "curvature_ratio": "instruments.gn_hessian.norms",
     "curvature_shares": "instruments.cross_layer.answers",
     "decrease_ratios": "instruments.preconditioner.decrease_ratios",
     "decreases": "instruments.preconditioner.answers",
     "efficiency": "instruments.preconditioner.answers",
     "findings": "report.findings",
-    "gn_gap": "instruments.gn_hessian.answers",
+    "gn_gap": "instruments.gn_hessian.norms",
     "greedy_grouping": "instruments.cross_layer.grouping.groupings",
     "grouping_table": "instruments.cross_layer.grouping.table",
     "jacobi_radius": "instruments.cross_layer.answers",
     "ladder": "instruments.gn_hessian.ladder",
     "load_run": "reading.load_run",
     "loss_curve": "instruments.train.answers",
-    "measuring_costs": "instruments.train.answers",
+    "measuring_costs": "report.costs",
     "merge_gains": "instruments.cross_layer.grouping.groupings",
     "negative_curvature": "instruments.gn_hessian.spectrum",
     "off_block_energy": "instruments.cross_layer.answers",
@@ -101,7 +101,7 @@ _HOMES = {
     "reached_damping": "instruments.cross_layer.grouping.table",
     "relative_decrease": "instruments.cross_layer.grouping.groupings",
     "require_table": "store.reader",
-    "residual_by_block": "instruments.gn_hessian.answers",
+    "residual_by_block": "instruments.gn_hessian.norms",
     "scoreboard": "instruments.preconditioner.answers",
     "sketches_of": "instruments.cross_layer.grouping.sketches",
     "smoothed_density": "instruments.gn_hessian.spectrum",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from types import TracebackType
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hessprobe.instruments.gn_hessian.table import MATRICES
-from hessprobe.instruments.snapshot import Row
-from hessprobe.measuring.row_recorder import Measurement
+from hessprobe.instruments.cross_layer.headline import headline as cross_layer
+from hessprobe.instruments.gn_hessian.headline import headline as gn_hessian
+from hessprobe.instruments.preconditioner.headline import headline as preconditioner
+from hessprobe.measuring.row_recorder import Measurement, as_array
 from hessprobe.optimization.report import StepReport
 
 ACCENT = "cyan"
@@ -93,40 +93,7 @@ def stderr(*, quiet: bool = False) -> Console:
 
 def _headline(measurement: Measurement) -> str:
     """Returns a probe's most telling numbers in a few words."""
-    row = measurement.row
-    assert row is not None
-    tell = {"cross_layer": _cross_layer, "gn_hessian": _gn_hessian, "preconditioner": _preconditioner}
+    row = {name: as_array(value) for name, value in (measurement.row or {}).items()}
+    # Until instruments are asked through their registry.
+    tell = {"cross_layer": cross_layer, "gn_hessian": gn_hessian, "preconditioner": preconditioner}
     return tell.get(measurement.probe, lambda _: "recorded")(row)
-
-
-def _cross_layer(row: Row) -> str:
-    along = torch.as_tensor(row["step_curvature"])[0]
-    text = f"off-block energy {_said(row['off_block_energy'], row['off_block_energy_stderr'])}"
-    share = 1 - float(along.diagonal().sum() / along.sum())
-    if math.isfinite(share):  # no update, no share
-        text += f", cross share of the update's curvature {share:+.2f}"
-    return text
-
-
-def _gn_hessian(row: Row) -> str:
-    text = f"|H - G| / |G| {_said(row['gn_gap'], row['gn_gap_stderr'])}"
-    smallest = float(torch.as_tensor(row["lambda_min"])[MATRICES.index("hessian")])
-    return text + (f", least eigenvalue of H {smallest:+.3g}" if math.isfinite(smallest) else "")
-
-
-def _preconditioner(row: Row) -> str:
-    """Returns the best efficiency on held-out sequences, at the largest curvature batch and the first damping."""
-    best, best_stderr = (
-        torch.as_tensor(row[name])[..., -1, 0].double().nanmean(0)
-        for name in ("efficiency_held_out", "efficiency_held_out_stderr")
-    )
-    failed = sum(bool(reason) for reason in row["candidate_failure"])
-    text = f"{len(best) - failed} candidates"
-    if bool(torch.isfinite(best).any()):
-        at = int(best.nan_to_num(-math.inf).argmax())
-        text += f", the best held-out efficiency {_said(best[at], best_stderr[at])}"
-    return text + (f", {failed} failed" if failed else "")
-
-
-def _said(value: object, stderr: object) -> str:
-    return f"{float(torch.as_tensor(value)):.3f} ± {float(torch.as_tensor(stderr)):.3f}"

@@ -157,7 +157,7 @@ class ProbeRecorder:
         seconds = time.perf_counter() - start
         row.update(seconds=seconds, peak_memory=peak_memory(device, processes))
         row.update({name: (checked or {}).get(name, nan) for name in CHECKED})
-        self.writer.write(probe.name, snapshot.step, {name: _array(value) for name, value in row.items()})
+        self.writer.write(probe.name, snapshot.step, {name: as_array(value) for name, value in row.items()})
         return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=row)
 
     def fail(self, probe: Probe, step: int, error: Exception, seconds: float) -> Measurement:
@@ -183,5 +183,6 @@ def check_symmetry(gap: float, dtype: torch.dtype) -> None:
         )
 
 
-def _array(value: Any) -> Any:
+def as_array(value: Any) -> Any:
+    """Returns a row's tensor as numpy's array of doubles; what is none as it is."""
     return value.detach().double().cpu().numpy() if isinstance(value, torch.Tensor) else value

@@ -14,9 +14,9 @@ from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer import figures
 from hessprobe.instruments.cross_layer.grouping import figures as grouping_figures
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
-from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
+from hessprobe.instruments.gn_hessian.section import gn_hessian_drawings
 from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
-from hessprobe.instruments.train import figures as training_figures
+from hessprobe.instruments.train.section import training_drawings
 from hessprobe.pictures import paper
 
 Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray]]
@@ -69,17 +69,11 @@ def save_figures(
     }
     # Of a table that was not recorded the page says which flag records it.
     if "gn_hessian" in run.children:
-        drawings |= discrepancy_drawings(run)
+        drawings |= gn_hessian_drawings(run)
     if "preconditioner" in run.children:
         drawings |= preconditioner_drawings(run)
     if training:
-        drawings |= {
-            "loss": partial(training_figures.loss_curve, run),
-            "loss_by_tokens": partial(training_figures.loss_curve, run, "tokens"),
-            "loss_by_seconds": partial(training_figures.loss_curve, run, "seconds"),
-            "step_size": partial(training_figures.step_size_over_training, run),
-            "decrease": partial(training_figures.decrease_over_training, run),
-        }
+        drawings |= training_drawings(run)
     # A step that was asked for and not measured is a mistake in the call.
     return save_drawings(drawings, folder, prefix=prefix, wanted="" if step is None else "coupling")
 

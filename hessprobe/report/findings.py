@@ -6,18 +6,19 @@ does not reach that is said to be unresolved, which is a result too.
 
 from __future__ import annotations
 
-import numpy as np
 import xarray as xr
 
 from hessprobe.instruments.cross_layer.findings import cross_layer_findings, cross_layer_trends
 from hessprobe.instruments.cross_layer.grouping.findings import grouping_findings
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
-from hessprobe.instruments.gn_hessian.findings import discrepancy_findings, discrepancy_trends
+from hessprobe.instruments.gn_hessian.answers import GNHessianAnswers
+from hessprobe.instruments.gn_hessian.findings import findings as gn_hessian_findings
 from hessprobe.instruments.preconditioner.findings import preconditioner_findings
-from hessprobe.instruments.train.answers import measuring_costs, summarize_training
+from hessprobe.instruments.train.answers import TrainAnswers
+from hessprobe.instruments.train.findings import findings as train_findings
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.symmetry import symmetry_findings
-from hessprobe.reading.wording import counted, percent
+from hessprobe.report.costs import cost_findings
 
 
 def findings(run: xr.DataTree, groupings: GroupingStudy | None = None) -> list[Finding]:
@@ -36,55 +37,9 @@ def findings(run: xr.DataTree, groupings: GroupingStudy | None = None) -> list[F
         found += grouping_findings(study_groupings(table) if groupings is None else groupings)
         found += cross_layer_trends(table)
     if "gn_hessian" in run.children:
-        table = run["gn_hessian"].to_dataset()
-        found += discrepancy_findings(table) + discrepancy_trends(table)
+        found += gn_hessian_findings(GNHessianAnswers(run["gn_hessian"].to_dataset()))
     if "preconditioner" in run.children:
         found += preconditioner_findings(run["preconditioner"].to_dataset())
     if "train" in run.children:
-        found += _held_out(run["train"].to_dataset())
-    return found + _cost(run)
-
-
-def _held_out(table: xr.Dataset) -> list[Finding]:
-    summary = summarize_training(table)
-    if summary is None or summary.best_step is None:
-        return []
-    first, best, step = summary.first_held_out_loss, summary.best_held_out_loss, summary.best_step
-    fell = best < first
-    return [
-        Finding(
-            name="held_out_loss",
-            sentence=f"The held-out loss fell from {first:.4g} nats per token after step "
-            f"{summary.first_held_out_step:,} to {best:.4g} after step {step:,}, its best."
-            if fell
-            else f"The held-out loss has not fallen below its first value, {first:.4g} nats per token.",
-            value=best,
-            stderr=None,
-            basis=f"{counted(summary.steps, 'step')}, {summary.tokens:,} training tokens",
-            steps=(step,),
-            headline=f"{best:.4g}",
-            label=f"best held-out loss, nats per token (step {summary.first_held_out_step:,}: {first:.4g})",
-            resolved=fell,
-        )
-    ]
-
-
-def _cost(run: xr.DataTree) -> list[Finding]:
-    costs = measuring_costs(run)
-    share = float(costs["share_of_run"].sum(skipna=False)) if costs.sizes["table"] else np.nan
-    if not np.isfinite(share):
-        return []
-    rows, seconds = int(costs["rows"].sum()), float(costs["seconds"].sum())
-    return [
-        Finding(
-            name="measuring_cost",
-            sentence=f"Measuring took {percent(share)} of the time of training and measuring: "
-            f"{seconds:,.1f} s for {counted(rows, 'row')}.",
-            value=share,
-            stderr=None,
-            basis="wall clock",
-            steps=(),
-            headline=percent(share),
-            label="of the time of training and measuring was measuring",
-        )
-    ]
+        found += train_findings(TrainAnswers(run["train"].to_dataset()))
+    return found + cost_findings(run)

@@ -15,7 +15,7 @@ from typing import Any
 
 import plotly.io
 import xarray as xr
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -23,11 +23,12 @@ from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, stud
 from hessprobe.instruments.cross_layer.section import cross_layer
 from hessprobe.instruments.gn_hessian.section import gn_hessian
 from hessprobe.instruments.preconditioner.section import preconditioner
-from hessprobe.instruments.train.section import costs, training
+from hessprobe.instruments.train.section import training
 from hessprobe.pictures.section import Section
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.wording import percent, plus_minus
+from hessprobe.report.costs_section import costs
 from hessprobe.report.findings import findings
 from hessprobe.report.provenance import provenance, said_time
 from hessprobe.report.summary import findings_json, summary_markdown
@@ -104,7 +105,12 @@ def render_page(
 ) -> str:
     """Returns a page as HTML text: findings, sections in their order, and the template on how to read it."""
     environment = Environment(
-        loader=PackageLoader("hessprobe.report", "templates"),
+        loader=ChoiceLoader(
+            [
+                PackageLoader("hessprobe.report", "templates"),
+                FileSystemLoader(Path(__file__).parents[1] / "instruments"),
+            ]
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

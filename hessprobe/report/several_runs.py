@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from hessprobe.instruments.cross_layer.several import cross_layer_charts, last_coupling
-from hessprobe.instruments.gn_hessian.several import several_gn_hessian
+from hessprobe.instruments.gn_hessian.section import several_gn_hessian
 from hessprobe.instruments.preconditioner.several import several_preconditioner
-from hessprobe.instruments.train.answers import measuring_costs, summarize_training
-from hessprobe.instruments.train.charts import by_clock
-from hessprobe.pictures.charts import over_steps
+from hessprobe.instruments.train.section import several_training
 from hessprobe.pictures.section import Section, table_or_reason
-from hessprobe.pictures.several import lines_over_steps, stored_line
-from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import counted
+from hessprobe.report.costs_section import several_costs
 from hessprobe.report.differences import Beside, differences, runs_beside
 from hessprobe.report.page import PAGE, render_page, write_page
 from hessprobe.report.provenance import decoded, flat, said_setting, said_time
@@ -44,8 +40,8 @@ def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> 
             _cross_layer(beside),
             several_gn_hessian(beside),
             several_preconditioner(beside),
-            _training(beside),
-            _costs(beside),
+            several_training(beside),
+            several_costs([(run.label, run.tree) for run in beside]),
             _provenance(beside),
         ],
         subtitle=[
@@ -81,45 +77,6 @@ def _cross_layer(beside: Sequence[Beside]) -> Section:
     return Section(
         name="cross_layer", title="Cross-layer importance", template="several_cross_layer.html.j2",
         content=content, charts=charts,
-    )  # fmt: skip
-
-
-def _training(beside: Sequence[Beside]) -> Section:
-    rows, missing = [], []
-    for run in beside:
-        summary = summarize_training(run.tree["train"].to_dataset()) if "train" in run.tree.children else None
-        if summary is None:
-            missing.append(f"{run.label} holds no recorded step of training.")
-        else:
-            rows.append((run.label, summary))
-    charts, clocks = {}, {}
-    for name, variable, title in (
-        ("loss", "held_out_loss", "held-out loss, nats per token"),
-        ("step_size", "step_size", "step size"),
-    ):
-        series = lines_over_steps(beside, stored_line("train", variable))
-        if series:
-            charts[name] = over_steps(series, title).update_layout(showlegend=True)
-        if series and name == "loss":
-            trained = {run.label: run.tree["train"].to_dataset() for run in beside if run.label in dict(rows)}
-            clocks = by_clock(charts[name], [sound_rows(trained[line.label], variable) for line in series])
-    return Section(
-        name="training", title="Training", template="several_training.html.j2", charts=charts, frames=clocks,
-        missing="" if rows else " ".join(missing),
-        content={"rows": rows, "missing": missing, "clocks": {key: each["label"] for key, each in clocks.items()}},
-    )  # fmt: skip
-
-
-def _costs(beside: Sequence[Beside]) -> Section:
-    rows: list[Mapping[str, Any]] = []
-    for run in beside:
-        table = measuring_costs(run.tree)
-        for i, name in enumerate(table["table"].values):
-            numbers = {str(key): float(column.values[i]) for key, column in table.items()}
-            rows.append({"run": run.label, "table": str(name), **numbers})
-    return Section(
-        name="costs", title="Costs of measuring", template="several_costs.html.j2", content={"rows": rows},
-        missing="" if rows else "No table of these runs holds costs.",
     )  # fmt: skip
 
 

@@ -55,14 +55,13 @@ BEYOND: dict[str, set[str]] = {
     "any_loop/sharded_parameters.py": {"instruments/measure"},
     "measuring/row_recorder.py": {"instruments/measure"},
     "measuring/console.py": {"instruments/declared"},
-    "comparison/runs.py": {"instruments/reading"},
     **dict.fromkeys(
         ("report/differences.py", "report/figure_set.py", "report/findings.py", "report/page.py", "report/several_runs.py",
          "report/terminal.py"),
         {"instruments/reading"},
     ),
     **dict.fromkeys(
-        ("pictures/several.py", "instruments/cross_layer/several.py", "instruments/gn_hessian/several.py",
+        ("pictures/several.py", "instruments/cross_layer/several.py", "instruments/gn_hessian/section.py",
          "instruments/preconditioner/several.py", "instruments/train/section.py"),
         {"report"},
     ),
@@ -74,7 +73,7 @@ WITH_TORCH = {
     "machine", "problem", "models", "text", "curvature", "estimation", "kernels", "optimization", "instruments/measure",
     "measuring", "training", "any_loop", "checkpoints", "integrations", "validation",
 }  # fmt: skip
-DECLARED = {"__init__", "recipe", "table"}
+DECLARED = {"__init__", "recipe", "table", "headline"}
 
 
 class Import(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 
 from hessprobe.analysis import load_run
 from hessprobe.errors import UserError
-from hessprobe.instruments.train.section import training as training_section
+from hessprobe.instruments.train.answers import TrainAnswers
 from hessprobe.text.corpus import Corpus
 from hessprobe.training import loop
 from hessprobe.training.builds import build_model
@@ -52,13 +52,11 @@ class TestStopAt:
     def test_the_page_calls_it_whole_and_another_in_progress(self, tmp_path, losses):
         folder = tmp_path / "run"
         train(recipe(folder, *ADAMW, "training.steps=9", f"training.stop_at={losses[1]}"), folder)
-        run = load_run(folder)
-        content = training_section(run).content
-        assert content["target"] == losses[1] and content["planned"] == 9
-        run.attrs["recipe"] = json.dumps({"training": {"steps": 9, "stop_at": 0.001}})
-        assert training_section(run).content["target"] is None
-        run.attrs["recipe"] = json.dumps({"training": {"steps": 9}})
-        assert training_section(run).content["target"] is None
+        table = load_run(folder)["train"].to_dataset()
+        asked = {"steps": 9, "stop_at": losses[1]}
+        assert (TrainAnswers(table, asked).target, TrainAnswers(table, asked).planned) == (losses[1], 9)
+        assert TrainAnswers(table, {"steps": 9, "stop_at": 0.001}).target is None
+        assert TrainAnswers(table, {"steps": 9}).target is None
 
     def test_a_target_that_is_not_reached_is_not_a_number_of_steps(self, tmp_path, capsys):
         folder = tmp_path / "run"

@@ -1,16 +1,18 @@
-"""What training reached and cost, from the `train` table; what measuring cost, from every table."""
+"""What training reached and cost, from the `train` table."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from hessprobe.reading.rows import failed_rows, sound_rows
-
-CLOCKS = ("tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents")
+from hessprobe.reading.clocks import CLOCKS
+from hessprobe.reading.rows import sound_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,67 @@ class TrainingSummary:
     seconds: float
     probe_seconds: float
     gradient_equivalents: float
+
+
+class TrainAnswers:
+    """How training went.
+
+    Args:
+        table: as recorded.
+        asked: the section [training] of the run's recipe, where one was recorded.
+    """
+
+    def __init__(self, table: xr.Dataset, asked: Mapping[str, Any] | None = None) -> None:
+        self.table, self.asked = table, asked or {}
+
+    @cached_property
+    def summary(self) -> TrainingSummary | None:
+        """As `summarize_training`."""
+        return summarize_training(self.table)
+
+    @cached_property
+    def curve(self) -> xr.Dataset:
+        """As `loss_curve`."""
+        return loss_curve(self.table)
+
+    def of(self, variable: str) -> xr.Dataset:
+        """Returns a variable on the rows that hold it; none where the table has no such variable."""
+        rows = sound_rows(self.table, variable)
+        if variable not in rows:
+            return xr.Dataset({variable: ("step", np.empty(0))}, {"step": np.empty(0, int)})
+        return rows[[variable]].compute()
+
+    def along(self, variable: str, clock: str = "step") -> tuple[np.ndarray, np.ndarray, None] | None:
+        """Returns a loss of the curve against a clock, as places, values and no errors; None without them."""
+        rows = sound_rows(self.curve, variable)
+        if variable not in rows or clock not in rows.coords:
+            return None
+        known = np.isfinite(rows[clock].values)
+        return rows[clock].values[known], rows[variable].values[known], None
+
+    @cached_property
+    def decrease_ratio(self) -> tuple[float, float, float] | None:
+        """As `decrease_ratio`."""
+        return decrease_ratio(self.table)
+
+    @cached_property
+    def step_outcomes(self) -> dict[str, int]:
+        """As `step_outcomes`."""
+        return step_outcomes(self.table)
+
+    @property
+    def planned(self) -> int | None:
+        """How many steps the recipe asks for; None where it does not say."""
+        steps = self.asked.get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def target(self) -> float | None:
+        """The held-out loss at which the run was to end early, if a recorded row reached it: the run is whole."""
+        target, losses = self.asked.get("stop_at"), self.of("held_out_loss")["held_out_loss"]
+        if not isinstance(target, int | float) or not losses.size:
+            return None
+        return float(target) if float(losses.min()) <= target else None
 
 
 def loss_curve(table: xr.Dataset) -> xr.Dataset:
@@ -93,40 +156,6 @@ def step_outcomes(table: xr.Dataset) -> dict[str, int]:
         return {}
     words = [str(outcome).partition(":")[0].strip() for outcome in table["outcome"].values]
     return dict(Counter(word for word in words if word).most_common())
-
-
-def measuring_costs(run: xr.DataTree) -> xr.Dataset:
-    """Returns what each probe's rows cost (table,): rows, failed, seconds, gradient_equivalents, peak_memory.
-
-    Seconds and gradient equivalents are sums over the rows that carry them; `seconds_per_row` and
-    `gradient_equivalents_per_row` are medians; `share_of_run` is the share of all seconds, training steps and
-    measuring together, that went into measuring; NaN where the run has no `train` table.
-    """
-    summary = summarize_training(run["train"].to_dataset()) if "train" in run.children else None
-    names = [name for name in run.children if name != "train" and "seconds" in run[name]]
-    tables = [run[name].to_dataset() for name in names]
-    columns: dict[str, list[float]] = {
-        "rows": [table.sizes["step"] for table in tables],
-        "failed": [len(failed_rows(table)) for table in tables],
-    }
-    for quantity in ("seconds", "gradient_equivalents", "peak_memory"):
-        values = [sound_rows(table, quantity).get(quantity, xr.DataArray([])).values for table in tables]
-        if quantity == "peak_memory":
-            columns[quantity] = [_over(np.max, value) for value in values]
-            continue
-        columns[quantity] = [_over(np.sum, value) for value in values]
-        columns[f"{quantity}_per_row"] = [_over(np.median, value) for value in values]
-    whole = (summary.seconds if summary else np.nan) + np.nansum(columns["seconds"])
-    columns["share_of_run"] = [seconds / whole if whole > 0 else np.nan for seconds in columns["seconds"]]
-    return xr.Dataset(
-        {name: ("table", np.array(column)) for name, column in columns.items()},
-        coords={"table": np.array(names, dtype=object)},
-    )
-
-
-def _over(statistic, values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(statistic(finite)) if finite.size else np.nan
 
 
 def _whole(value: float) -> int:

@@ -1,116 +1,121 @@
-"""The page's sections on training (losses, step sizes, predicted and real decrease) and measuring's cost."""
+"""The page's section on training: losses along any clock, step sizes, predicted and real decrease."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from itertools import cycle
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 import xarray as xr
 
-from hessprobe.instruments.train.answers import (
-    decrease_ratio,
-    loss_curve,
-    measuring_costs,
-    step_outcomes,
-    summarize_training,
-)
-from hessprobe.instruments.train.charts import by_clock
-from hessprobe.pictures.charts import ACCENT, SECOND, Series, over_steps
+from hessprobe.instruments.train.answers import TrainAnswers
+from hessprobe.instruments.train.pictures import CLOCKS, loss, pictures
+from hessprobe.pictures import plotly_pen
+from hessprobe.pictures.room import drawn_points
 from hessprobe.pictures.section import Section, table_or_reason
-from hessprobe.reading.rows import failed_rows, sound_rows
+from hessprobe.reading.labelled import Labelled
+from hessprobe.reading.rows import failed_rows
+from hessprobe.report.differences import Beside
 from hessprobe.report.provenance import decoded
 
+NO_ROWS = xr.Dataset(coords={"step": np.empty(0, int)})
+# Clock -> what the page calls it, and how the hover text says a place on it.
+WORDS = {
+    "step": ("steps", ""),
+    "tokens": ("tokens", ", %{x:,.0f} tokens"),
+    "seconds": ("seconds", ", %{x:,.1f} s"),
+    "gradient_equivalents": ("gradients", ", %{x:,.0f} gradients"),
+}
 
+
+def content(runs: Sequence[Labelled[TrainAnswers]]) -> dict[str, Any]:
+    """Returns what the section's template needs of one run or several, and the page's script; empty without a loss.
+
+    `frames`: {clock: its label, its axis's title, the words said at a place, and the places of every line of the chart
+    of losses}, of the clocks that every line has at each of its points; the steps themselves come first.
+    """
+    known = [(run.label, run.answers.summary) for run in runs if run.answers.summary is not None]
+    if not known:
+        return {}
+    frames = _frames(runs)
+    shared = {"clocks": {clock: each["label"] for clock, each in frames.items()}, "frames": frames}
+    if len(runs) != 1:
+        return {"rows": known, **shared}
+    answers = runs[0].answers
+    return {
+        "summary": answers.summary,
+        "planned": answers.planned,
+        "target": answers.target,
+        "ratio": answers.decrease_ratio,
+        "outcomes": answers.step_outcomes,
+        **shared,
+    }
+
+
+def _frames(runs: Sequence[Labelled[TrainAnswers]]) -> dict[str, Any]:
+    over_steps = [line.y for line in loss(runs).lines]
+    frames = {}
+    for clock, (label, words) in WORDS.items() if over_steps else ():
+        lines = loss(runs, clock).lines
+        if [line.y.size for line in lines] == [y.size for y in over_steps]:
+            places = [_whole(line.x[drawn_points(line.y)]).tolist() for line in lines]
+            frames[clock] = {"label": label, "title": CLOCKS[clock], "words": words, "x": places}
+    return frames
+
+
+def _whole(values: np.ndarray) -> np.ndarray:
+    # What counts whole things needs no ".0" ten thousand times over.
+    return values.astype(int) if (values == np.round(values)).all() else values
+
+
+# Until the report asks instruments through their registry.
 def training(run: xr.DataTree) -> Section:
-    """Returns the section on training."""
-    section = partial(Section, name="training", title="Training", template="training.html.j2")
     table, reason = table_or_reason(run, "train")
     if table is None:
-        return section(missing=reason)
-    summary = summarize_training(table)
-    if summary is None:
-        return section(missing="No step of the table 'train' holds a loss yet.", failed=failed_rows(table))
-    curve = loss_curve(table)
-    losses = [replace(_series(curve, "loss", "training loss", SECOND), markers=False)]
-    if "held_out_loss" in curve:
-        losses.append(_series(curve, "held_out_loss", "held-out loss", ACCENT))
-    losses = [line for line in losses if line.values.size]
-    charts = {"loss": over_steps(losses, "loss, nats per token")}
-    clocks = by_clock(charts["loss"], [curve] * len(losses))
-    step_size = replace(_series(table, "step_size", "step size", ACCENT), dots=True)
-    if step_size.values.size:
-        charts["step_size"] = over_steps([step_size], "step size", yaxis_rangemode="tozero")
-    decreases = [
-        _series(table, "actual_decrease", "real", ACCENT),
-        replace(_series(table, "predicted_decrease", "predicted by the model", SECOND), dash="dot"),
-    ]
-    if all(line.values.size for line in decreases):
-        charts["decrease"] = over_steps(decreases, "decrease, nats per token")
-    return section(
-        content={
-            "summary": summary,
-            "planned": _planned(run),
-            "target": _target_reached(run, table),
-            "clocks": {clock: each["label"] for clock, each in clocks.items()},
-            "ratio": decrease_ratio(table),
-            "outcomes": step_outcomes(table),
-        },
-        charts=charts,
-        frames=clocks,
+        return Section(name="training", title="Training", template="", missing=reason)
+    asked = decoded(run.attrs.get("recipe")).get("training")
+    answers = TrainAnswers(table, asked if isinstance(asked, dict) else None)
+    runs = [Labelled(label="", answers=answers, compared=answers)]
+    found = content(runs)
+    return Section(
+        name="training",
+        title="Training",
+        template="train/section.html.j2",
+        missing="" if found else "No step of the table 'train' holds a loss yet.",
+        content=found,
+        charts=plotly_pen.charts(pictures(runs)) if found else {},
+        frames=found.get("frames", {}),
         failed=failed_rows(table),
     )
 
 
-def costs(run: xr.DataTree) -> Section:
-    """Returns the section on the costs of measuring."""
-    section = partial(Section, name="costs", title="Costs of measuring", template="costs.html.j2")
-    table = measuring_costs(run)
-    if table.sizes["table"] == 0:
-        reason = table_or_reason(run, "cross_layer")[1] or "No table of this run holds costs."
-        return section(missing=reason)
-    names = [str(name) for name in table["table"].values]
-    rows = [
-        {"table": name, **{str(key): float(column.values[i]) for key, column in table.items()}}
-        for i, name in enumerate(names)
-    ]
-    colors = cycle((ACCENT, SECOND, "var(--negative)"))
-    series = [
-        _series(run[name].to_dataset(), "seconds", name, color)
-        for name, color in zip(names, colors, strict=False)
-    ]
-    series = [line for line in series if line.values.size]
-    charts: dict[str, go.Figure] = {}
-    if series:
-        charts["seconds"] = over_steps(series, "seconds per row", yaxis_rangemode="tozero")
-    share = float(table["share_of_run"].sum(skipna=False))
-    return section(content={"rows": rows, "share": share if np.isfinite(share) else None}, charts=charts)
+# Until the report asks instruments through their registry.
+def several_training(beside: Sequence[Beside]) -> Section:
+    runs = []
+    for run in beside:
+        answers = TrainAnswers(run.tree["train"].to_dataset() if "train" in run.tree.children else NO_ROWS)
+        runs.append(Labelled(label=run.label, answers=answers, compared=answers))
+    found = content(runs)
+    said = dict(found.get("rows", ()))
+    missing = [f"{run.label} holds no recorded step of training." for run in beside if run.label not in said]
+    return Section(
+        name="training",
+        title="Training",
+        template="train/several.html.j2",
+        missing="" if found else " ".join(missing),
+        content={**found, "missing": missing},
+        charts=plotly_pen.charts(pictures(runs)) if found else {},
+        frames=found.get("frames", {}),
+    )
 
 
-def _planned(run: xr.DataTree) -> int | None:
-    """Returns how many steps the run's recipe asks for; None where it does not say."""
-    steps = _asked(run).get("steps")
-    return steps if isinstance(steps, int) else None
+# Until the report asks instruments through their registry.
+def training_drawings(run: xr.DataTree) -> dict[str, Any]:
+    from hessprobe.pictures import matplotlib_pen
 
-
-def _target_reached(run: xr.DataTree, table: xr.Dataset) -> float | None:
-    """Returns the held-out loss at which the run was to end early, if a recorded row reached it: the run is whole."""
-    target, losses = _asked(run).get("stop_at"), sound_rows(table, "held_out_loss")
-    if not isinstance(target, int | float) or not losses.sizes["step"]:
-        return None
-    return float(target) if float(losses["held_out_loss"].min()) <= target else None
-
-
-def _asked(run: xr.DataTree) -> dict[str, Any]:
-    """Returns the section [training] of the run's recipe; empty where there is none."""
-    asked = decoded(run.attrs.get("recipe")).get("training")
-    return asked if isinstance(asked, dict) else {}
-
-
-def _series(table: xr.Dataset, variable: str, label: str, color: str) -> Series:
-    rows = sound_rows(table, variable)
-    values = rows[variable].values.astype(float) if variable in rows else np.empty(0)
-    return Series(label=label, steps=rows["step"].values, values=values, color=color)
+    answers = TrainAnswers(run["train"].to_dataset() if "train" in run.children else NO_ROWS)
+    runs = [Labelled(label="", answers=answers, compared=answers)]
+    return {
+        picture.name: lambda picture=picture: (matplotlib_pen.draw(picture), picture.data)
+        for picture in pictures(runs)
+    }

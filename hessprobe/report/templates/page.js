@@ -32,8 +32,10 @@
   function showClock() {
     const chosen = document.querySelector('input[name="clock"]:checked');
     if (!chosen || !stored.training || !area("loss")) return;
-    const { title, x, hover } = stored.training[chosen.value];
-    Plotly.update(area("loss"), { x, hovertemplate: hover }, { "xaxis.title.text": title, "xaxis.autorange": true });
+    const { title, words, x } = stored.training[chosen.value];
+    const steps = stored.training.step.x;
+    const hover = figures.loss.data.map((line) => line.hovertemplate.replace("step %{x}", "step %{customdata}" + words));
+    Plotly.update(area("loss"), { x, customdata: steps, hovertemplate: hover }, { "xaxis.title.text": title, "xaxis.autorange": true });
   }
 
   const slider = document.getElementById("step-slider");

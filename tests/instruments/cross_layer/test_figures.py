@@ -20,7 +20,6 @@ from hessprobe.instruments.cross_layer.figures import (
     cross_share_over_training,
     off_block_energy_over_training,
 )
-from hessprobe.instruments.train.figures import decrease_over_training, loss_curve, step_size_over_training
 from hessprobe.pictures.paper import save
 from hessprobe.report.figure_set import save_figures
 from tests.report.runs import write_run
@@ -56,38 +55,12 @@ def test_the_lines_are_the_data_returned(log: xr.DataTree):
     expected = [np.diagonal(row, offset=d).mean() for d in range(1, 6)]
     np.testing.assert_allclose(means["coupling"], expected)
     np.testing.assert_allclose(figure.axes[0].containers[0].lines[0].get_ydata(), expected)
-    figure, decrease = decrease_over_training(log)
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), log["train"]["actual_decrease"].values)
-    np.testing.assert_array_equal(
-        figure.axes[0].lines[1].get_ydata(), log["train"]["predicted_decrease"].values
-    )
-    figure, curve = loss_curve(log)
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), log["train"]["loss"].values)
-    np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), curve["held_out_loss"].dropna("step"))
-    figure, drawn = step_size_over_training(log)
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), drawn["step_size"])
-    np.testing.assert_array_equal(drawn["step_size"], log["train"]["step_size"].values)
-
-
-@pytest.mark.parametrize("clock", ["tokens", "seconds", "gradient_equivalents"])
-def test_the_loss_lies_along_the_clock_that_is_asked_for(log: xr.DataTree, clock):
-    train = log["train"].to_dataset().load()
-    training, held_out = loss_curve(log, clock)[0].axes[0].lines
-    np.testing.assert_array_equal(training.get_xdata(), train[clock])
-    evaluated = train.dropna("step", subset=["held_out_loss"])
-    np.testing.assert_array_equal(held_out.get_xdata(), evaluated[clock])
-    np.testing.assert_array_equal(held_out.get_ydata(), evaluated["held_out_loss"])
-    bare = xr.DataTree.from_dict({"train": train.drop_vars(clock)})
-    with pytest.raises(UserError, match=f"holds {clock}"):
-        loss_curve(bare, clock)
-    with pytest.raises(UserError, match="no clock named 'token'"):
-        loss_curve(log, "token")
 
 
 def test_saved_as_pdf_with_text_and_png_at_column_width(log: xr.DataTree, tmp_path):
-    figure, _ = loss_curve(log)
-    paths = save(figure, tmp_path / "figures", "loss")
-    assert [path.name for path in paths] == ["loss.pdf", "loss.png"]
+    figure, _ = off_block_energy_over_training(log)
+    paths = save(figure, tmp_path / "figures", "energy")
+    assert [path.name for path in paths] == ["energy.pdf", "energy.png"]
     pdf = paths[0].read_bytes()
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType embedded, not letters as drawings
     assert paths[1].read_bytes().startswith(b"\x89PNG")
