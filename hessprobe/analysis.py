@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from hessprobe.instruments.cross_layer.grouping.study import study_groupings as study_groupings
     from hessprobe.instruments.cross_layer.grouping.table import grouping_table as grouping_table
     from hessprobe.instruments.cross_layer.grouping.table import reached_damping as reached_damping
-    from hessprobe.instruments.gn_hessian.answers import block_gap as block_gap
-    from hessprobe.instruments.gn_hessian.answers import curvature_ratio as curvature_ratio
-    from hessprobe.instruments.gn_hessian.answers import gn_gap as gn_gap
-    from hessprobe.instruments.gn_hessian.answers import residual_by_block as residual_by_block
     from hessprobe.instruments.gn_hessian.ladder import ladder as ladder
+    from hessprobe.instruments.gn_hessian.norms import block_gap as block_gap
+    from hessprobe.instruments.gn_hessian.norms import curvature_ratio as curvature_ratio
+    from hessprobe.instruments.gn_hessian.norms import gn_gap as gn_gap
+    from hessprobe.instruments.gn_hessian.norms import residual_by_block as residual_by_block
     from hessprobe.instruments.gn_hessian.spectrum import negative_curvature as negative_curvature
     from hessprobe.instruments.gn_hessian.spectrum import smoothed_density as smoothed_density
     from hessprobe.instruments.preconditioner.blocks import block_losses as block_losses
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from hessprobe.reading.load_run import load_run as load_run
     from hessprobe.reading.trend import Trend as Trend
     from hessprobe.reading.trend import trend as trend
+    from hessprobe.report.costs import measuring_costs as measuring_costs
     from hessprobe.report.findings import findings as findings
     from hessprobe.store.reader import open_run as open_run
     from hessprobe.store.reader import require_table as require_table
@@ -69,7 +70,7 @@ _HOMES = {
     "Sketches": "instruments.cross_layer.grouping.sketches",
     "TrainingSummary": "instruments.train.answers",
     "Trend": "reading.trend",
-    "block_gap": "instruments.gn_hessian.answers",
+    "block_gap": "instruments.gn_hessian.norms",
     "block_importance": "instruments.cross_layer.grouping.groupings",
     "block_losses": "instruments.preconditioner.blocks",
     "block_steps": "instruments.preconditioner.blocks",
@@ -78,13 +79,13 @@ _HOMES = {
     "cross_layer_pays": "instruments.preconditioner.decrease_ratios",
     "cross_share": "instruments.cross_layer.coupling",
     "curvature_along": "instruments.cross_layer.grouping.groupings",
-    "curvature_ratio": "instruments.gn_hessian.answers",
     "curvature_shares": "instruments.cross_layer.coupling",
+    "curvature_ratio": "instruments.gn_hessian.norms",
     "decrease_ratios": "instruments.preconditioner.decrease_ratios",
     "decreases": "instruments.preconditioner.efficiency",
     "efficiency": "instruments.preconditioner.efficiency",
     "findings": "report.findings",
-    "gn_gap": "instruments.gn_hessian.answers",
+    "gn_gap": "instruments.gn_hessian.norms",
     "greedy_grouping": "instruments.cross_layer.grouping.groupings",
     "grouping_table": "instruments.cross_layer.grouping.table",
     "jacobi_radius": "instruments.cross_layer.coupling",
@@ -101,8 +102,8 @@ _HOMES = {
     "reached_damping": "instruments.cross_layer.grouping.table",
     "relative_decrease": "instruments.cross_layer.grouping.groupings",
     "require_table": "store.reader",
-    "residual_by_block": "instruments.gn_hessian.answers",
     "scoreboard": "instruments.preconditioner.efficiency",
+    "residual_by_block": "instruments.gn_hessian.norms",
     "sketches_of": "instruments.cross_layer.grouping.sketches",
     "smoothed_density": "instruments.gn_hessian.spectrum",
     "strongest_pairs": "instruments.cross_layer.coupling",

@@ -12,14 +12,12 @@ import zarr
 
 from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
 from hessprobe.instruments.cross_layer.table import cross_layer_table as declared_table
-from hessprobe.schema.table import Table, Variable
+from hessprobe.instruments.train.table import train_table
+from hessprobe.schema.table import Table
 from hessprobe.store.writer import RunWriter
 
 LAYERS = ("embedding", *(f"block.{i}" for i in range(4)), "head")
-TRAIN = (
-    "loss", "held_out_loss", "step_size", "update_norm", "gradient_norm", "predicted_decrease",
-    "actual_decrease", "tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents",
-)  # fmt: skip
+STEP_SIZES = (1.0, 0.5)
 
 
 def attributes(blocks: Sequence[str] = LAYERS, **changes: Any) -> dict[str, Any]:
@@ -41,14 +39,6 @@ def cross_layer_table(blocks: Sequence[str] = LAYERS, sketches: tuple[int, int] 
         return declared_table(CrossLayerRecipe(method="products"), tuple(blocks))
     sequences, rounds = sketches
     return declared_table(CrossLayerRecipe(sequences=sequences, rounds=rounds), tuple(blocks))
-
-
-def train_table() -> Table:
-    variables = [Variable(name=n, dims=("step",), units="1", long_name=n, estimator="exact") for n in TRAIN]
-    search = Variable(
-        name="line_search_loss", dims=("step", "alpha"), units="1", long_name="loss", estimator="exact"
-    )
-    return Table(name="train", variables=(*variables, search), coordinates={"alpha": [1.0, 0.5]})
 
 
 def cross_layer_row(blocks: Sequence[str], time: float, rng: np.random.Generator) -> dict[str, Any]:
@@ -101,7 +91,9 @@ def train_row(step: int, last: int, evaluated: bool, rng: np.random.Generator) -
     size = float(rng.choice([1.0, 0.7071, 0.5]))
     return {
         "loss": loss, "held_out_loss": loss + 0.05 if evaluated else np.nan, "step_size": size,
-        "update_norm": size,
+        "update_norm": size, "outcome": "accepted", "decrease_ratio": 0.25 / 0.3, "peak_memory": 3.1e8,
+        "inner_loss": np.array([loss]), "inner_loss_first": loss, "inner_loss_last": loss - 0.1,
+        "inner_residual": 0.01, "inner_iterations": 5.0,
         "line_search_loss": np.array([loss, loss + 0.1]), "gradient_norm": 1.0,
         "predicted_decrease": 0.3 * np.exp(-3 * step / max(last, 1)), "tokens": 8192.0 * (step + 1),
         "actual_decrease": 0.25 * np.exp(-3 * step / max(last, 1)), "line_search_tokens": 4096.0 * (step + 1),
@@ -118,7 +110,7 @@ def write_long_run(folder: Path, *, blocks: Sequence[str], every: int, train_ste
         "cross_layer": [cross_layer_row(blocks, step / train_steps, rng) for step in steps],
     }
     writer = RunWriter.create(folder, attributes(blocks))
-    writer.add_table(train_table(), range(train_steps))
+    writer.add_table(train_table(STEP_SIZES, 1), range(train_steps))
     writer.add_table(cross_layer_table(blocks), steps)
     writer.close()
     for name, written in rows.items():
@@ -156,7 +148,7 @@ def write_run(
     """
     rng = np.random.default_rng(seed)
     writer = RunWriter.create(folder, attributes(blocks, **changes))
-    writer.add_table(train_table(), range(train_steps) if train_steps else None)
+    writer.add_table(train_table(STEP_SIZES, 1), range(train_steps) if train_steps else None)
     for step in range(train_steps):
         writer.write("train", step, train_row(step, train_steps - 1, step % 5 == 0, rng))
     if steps is not None:

@@ -126,7 +126,7 @@ def test_groupings_show_and_hovering_says_value_error_and_what_is_not_resolved(v
 
 
 @pytest.fixture(scope="module")
-def discrepancies(tmp_path_factory) -> Path:
+def both(tmp_path_factory) -> Path:
     """Returns the page of a run with the tables gn_hessian and preconditioner."""
     folder = write_preconditioner_run(tmp_path_factory.mktemp("runs") / "run")
     add_gn_hessian(folder, density_blocks=LAYERS[:1])
@@ -134,10 +134,8 @@ def discrepancies(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
-def test_both_other_instruments_show_every_chart_without_sideways_scrolling(
-    visit, discrepancies, width, scheme
-):
-    tab = visit(discrepancies, width, scheme)
+def test_both_other_instruments_show_every_chart_without_sideways_scrolling(visit, both, width, scheme):
+    tab = visit(both, width, scheme)
     assert tab.locator("section > h2 + .missing").count() == 1  # no cross_layer table
     for section in ("gn_hessian", "preconditioner"):
         boxes = tab.evaluate(
@@ -156,8 +154,8 @@ def test_both_other_instruments_show_every_chart_without_sideways_scrolling(
 @pytest.mark.parametrize(
     "chart", ["gn_gap", "gn_directions", "layerwise_over_full", "preconditioner_scoreboard"]
 )
-def test_hovering_their_charts_says_a_value(visit, discrepancies, chart):
-    tab = visit(discrepancies)
+def test_hovering_their_charts_says_a_value(visit, both, chart):
+    tab = visit(both)
     said = hover(tab, chart, *place(tab, chart, -1, 0))
     assert re.search(r"\d", said) and "undefined" not in said and "%{" not in said
 

@@ -16,6 +16,7 @@ import zarr
 
 from hessprobe.cli import main
 from hessprobe.errors import UserError
+from hessprobe.instruments.train.table import train_table
 from hessprobe.report import page as page_module
 from hessprobe.report.page import write_report
 from hessprobe.store.writer import RunWriter
@@ -23,12 +24,12 @@ from tests.report.odd_text import HOSTILE
 from tests.report.page_reading import facts, script_json
 from tests.report.runs import (
     LAYERS,
+    STEP_SIZES,
     attributes,
     cross_layer_row,
     cross_layer_table,
     sketches_row,
     train_row,
-    train_table,
     write_run,
 )
 
@@ -81,7 +82,7 @@ def test_a_run_without_attributes_or_tables_gives_a_page(tmp_path):
 def test_a_run_in_progress_gives_the_page_so_far(tmp_path):
     rng = np.random.default_rng(0)
     writer = RunWriter.create(tmp_path / "run", attributes())
-    writer.add_table(train_table(), range(100))
+    writer.add_table(train_table(STEP_SIZES, 1), range(100))
     writer.add_table(cross_layer_table(), None)
     writer.write("train", 0, train_row(0, 100, True, rng))
     writer.write("cross_layer", 0, cross_layer_row(LAYERS, 0.0, rng))
@@ -182,7 +183,7 @@ def test_dead_layers_infinities_and_rows_of_nothing_leave_a_page(tmp_path):
     """A layer without curvature gives NaN in its row and column; overflow gives infinities."""
     rng = np.random.default_rng(0)
     writer = RunWriter.create(tmp_path / "run", attributes())
-    writer.add_table(train_table(), range(6))
+    writer.add_table(train_table(STEP_SIZES, 1), range(6))
     writer.add_table(cross_layer_table(LAYERS, (8, 4)), range(6))
     for step in range(6):
         row = cross_layer_row(LAYERS, step / 6, rng) | sketches_row(LAYERS, step / 6, rng, (8, 4))

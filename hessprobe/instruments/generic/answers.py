@@ -10,9 +10,9 @@ import numpy as np
 import xarray as xr
 
 from hessprobe.instruments.instrument import STDERR
+from hessprobe.instruments.row_variables import CHECK_VARIABLES, MEASUREMENT_VARIABLES
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import basis
-from hessprobe.instruments.row_variables import CHECK_VARIABLES, MEASUREMENT_VARIABLES
 from hessprobe.schema.table import RECORDED, STEP
 
 # What every instrument's rows hold; the page's section on costs and its findings on symmetry speak of them.

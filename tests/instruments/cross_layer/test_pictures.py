@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from hessprobe.instruments.train.figures import decrease_over_training, loss_curve, step_size_over_training
 
 from hessprobe.analysis import open_run
 from hessprobe.cli import main
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.answers import NO_ROWS, CrossLayerAnswers
 from hessprobe.instruments.cross_layer.pictures import pictures
-from hessprobe.instruments.train.figures import decrease_over_training, loss_curve, step_size_over_training
 from hessprobe.pictures.matplotlib_pen import draw
 from hessprobe.pictures.paper import save
 from hessprobe.pictures.picture import Picture
