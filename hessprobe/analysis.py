@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from hessprobe.reading.load_run import load_run as load_run
     from hessprobe.reading.trend import Trend as Trend
     from hessprobe.reading.trend import trend as trend
-    from hessprobe.report.costs import measuring_costs as measuring_costs
     from hessprobe.report.findings import findings as findings
     from hessprobe.store.reader import open_run as open_run
     from hessprobe.store.reader import require_table as require_table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -10,6 +11,7 @@ import xarray as xr
 
 from hessprobe.instruments.cross_layer import coupling as pairs
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
+from hessprobe.reading.labelled import Labelled
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.trend import standard_errors_of_largest
 
@@ -23,19 +25,12 @@ class CrossLayerAnswers:
 
     Args:
         table: as recorded.
-        train: the same run's table `train`, whose step sizes stand beside the longest stable step.
         groupings: what `study_groupings` said of the table, where it was asked before or at a damping that other runs
             share; default at the table's own. It takes seconds.
     """
 
-    def __init__(
-        self,
-        table: xr.Dataset,
-        *,
-        train: xr.Dataset | None = None,
-        groupings: GroupingStudy | None = None,
-    ) -> None:
-        self._recorded, self._train, self._groupings = table, train, groupings
+    def __init__(self, table: xr.Dataset, *, groupings: GroupingStudy | None = None) -> None:
+        self._recorded, self._groupings = table, groupings
 
     @cached_property
     def table(self) -> xr.Dataset:
@@ -117,24 +112,19 @@ class CrossLayerAnswers:
         """As `coupling.jacobi_radius`."""
         return pairs.jacobi_radius(self.table)
 
-    @cached_property
-    def step_sizes(self) -> xr.Dataset | None:
-        """The rows of training in which the line search chose a `step_size`; None where there is none."""
-        rows = None if self._train is None else sound_rows(self._train, "step_size")
-        return rows if rows is not None and rows.sizes["step"] else None
-
     def at_damping(self, damping: float) -> CrossLayerAnswers:
         """Returns these answers with groupings at another damping; what can be said of none stays so."""
         if self.groupings.reason or self.groupings.damping == damping:
             return self
         study = study_groupings(self._recorded, damping)
-        return CrossLayerAnswers(self._recorded, train=self._train, groupings=study)
+        return CrossLayerAnswers(self._recorded, groupings=study)
 
 
-def comparable(answers: Sequence[CrossLayerAnswers]) -> list[CrossLayerAnswers]:
-    """Returns several runs' answers with groupings at one damping, the smallest that serves every run's sketches."""
-    damping = max((each.groupings.damping for each in answers if not each.groupings.reason), default=np.nan)
-    return [each.at_damping(damping) for each in answers]
+def at_one_damping(runs: Sequence[Labelled[CrossLayerAnswers]]) -> list[Labelled[CrossLayerAnswers]]:
+    """Returns several runs with groupings at one damping, the smallest that serves every run's sketches."""
+    studies = [run.compared.groupings for run in runs]
+    damping = max((study.damping for study in studies if not study.reason), default=np.nan)
+    return [replace(run, compared=run.compared.at_damping(damping)) for run in runs]
 
 
 def coupling_difference(first: CrossLayerAnswers, second: CrossLayerAnswers) -> xr.Dataset | None:

@@ -15,6 +15,7 @@ from hessprobe.pictures.looks import Look
 from hessprobe.pictures.over_runs import Series, lines_of_runs
 from hessprobe.pictures.picture import Axis, Heatmap, Line, Lines, Picture
 from hessprobe.reading.labelled import Labelled
+from hessprobe.reading.rows import sound_rows
 
 Run = Labelled[CrossLayerAnswers]
 
@@ -182,7 +183,7 @@ def jacobi_radius_picture(runs: Sequence[Run]) -> Lines:
         return radius["step"].values, 2 / radius["high"].values, None
 
     alone = len(runs) == 1
-    lines = _stable_and_chosen(runs[0].answers) if alone else lines_of_runs(runs, ask, "")
+    lines = _stable_and_chosen(runs[0]) if alone else lines_of_runs(runs, ask, "")
     words = "step size" if alone else "largest stable layerwise step"
     return Lines(
         name="jacobi_radius", lines=lines, y=Axis(words=words, from_zero=True), legend=True,
@@ -190,8 +191,8 @@ def jacobi_radius_picture(runs: Sequence[Run]) -> Lines:
     )  # fmt: skip
 
 
-def _stable_and_chosen(answers: CrossLayerAnswers) -> list[Line]:
-    radius = answers.jacobi_radius
+def _stable_and_chosen(run: Run) -> list[Line]:
+    radius = run.answers.jacobi_radius
     if radius.sizes["step"] == 0:
         return []
     steps, low, high = radius["step"].values, radius["low"].values, radius["high"].values
@@ -206,8 +207,9 @@ def _stable_and_chosen(answers: CrossLayerAnswers) -> list[Line]:
              look=Look(thin=True))
         for end, fill in ((high, False), (low, True))
     ]  # fmt: skip
-    chosen = answers.step_sizes
-    if chosen is not None:
+    trained = run.run is not None and "train" in run.run.children
+    chosen = sound_rows(run.run["train"].to_dataset(), "step_size") if trained else xr.Dataset()
+    if chosen.sizes.get("step"):
         sizes = chosen["step_size"].values.astype(float)
         look = Look(color="second", marker="circle")
         lines.append(

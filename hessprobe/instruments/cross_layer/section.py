@@ -9,14 +9,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.cross_layer.answers import NO_ROWS, CrossLayerAnswers
+from hessprobe.instruments.cross_layer.answers import CrossLayerAnswers
 from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, ranked_gains
-from hessprobe.instruments.cross_layer.pictures import DIRECTION_WORDS, Run, pictures
-from hessprobe.pictures.plotly_pen import charts
+from hessprobe.instruments.cross_layer.pictures import DIRECTION_WORDS, Run
 from hessprobe.pictures.room import evenly_spaced
-from hessprobe.pictures.section import Section, table_or_reason
-from hessprobe.reading.labelled import Labelled
-from hessprobe.reading.rows import failed_rows
 from hessprobe.reading.symmetry import asymmetry
 from hessprobe.reading.wording import basis
 
@@ -123,40 +119,3 @@ def _packed(values: np.ndarray) -> str:
 def _largest(rows: xr.Dataset, variable: str) -> float | None:
     known = variable in rows and bool(np.isfinite(rows[variable].values).any())
     return float(np.nanmax(rows[variable].values)) if known else None
-
-
-# Until the report asks instruments through their registry.
-def cross_layer(run: xr.DataTree, groupings: GroupingStudy | None = None) -> Section:
-    """Returns the section of one run, or one that says which flag records its table."""
-    table, reason = table_or_reason(run, "cross_layer")
-    if table is None:
-        return Section(name="cross_layer", title=TITLE, template="", missing=reason)
-    answers = CrossLayerAnswers(table, train=_train(run), groupings=groupings)
-    runs = [Labelled(label="", answers=answers, compared=answers)]
-    found = content(runs)
-    return Section(
-        name="cross_layer", title=TITLE, template="cross_layer/section.html.j2", missing=found["nothing"],
-        content=found, charts=charts(pictures(runs)), frames=found.get("frames", {}), failed=failed_rows(table),
-    )  # fmt: skip
-
-
-# Until the report asks instruments through their registry.
-def several_cross_layer(beside: Sequence[Any]) -> Section:
-    """Returns the section of several runs, or one that says which of them hold no table and why."""
-    runs = []
-    for run in beside:
-        whole = NO_ROWS if run.table is None else run.tree["cross_layer"].to_dataset()
-        compared = CrossLayerAnswers(NO_ROWS if run.table is None else run.table, groupings=run.groupings)
-        runs.append(Labelled(label=run.label, answers=CrossLayerAnswers(whole), compared=compared))
-    reasons = {run.label: table_or_reason(run.tree, "cross_layer")[1] for run in beside}
-    missing = [f"{label}: {reason}" for label, reason in reasons.items() if reason]
-    found = content(runs) | {"missing": missing}
-    nothing = " ".join(missing) or "No measured row holds a number yet."
-    return Section(
-        name="cross_layer", title=TITLE, template="cross_layer/several.html.j2",
-        missing=nothing if found["nothing"] else "", content=found, charts=charts(pictures(runs)),
-    )  # fmt: skip
-
-
-def _train(run: xr.DataTree) -> xr.Dataset | None:
-    return run["train"].to_dataset() if "train" in run.children else None

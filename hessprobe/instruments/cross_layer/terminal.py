@@ -14,12 +14,6 @@ MATRIX_UP_TO = 16  # blocks
 PAIRS_SHOWN = 16
 
 
-# Until the report asks instruments through their registry.
-def show_cross_layer(table: xr.Dataset, console: Console) -> None:
-    """Prints a table's last measured row."""
-    show(CrossLayerAnswers(table), console)
-
-
 def show(answers: CrossLayerAnswers, console: Console) -> None:
     """Prints the last measured row: coupling of every pair with errors, shares between layers, cost."""
     pairs = answers.strongest_pairs

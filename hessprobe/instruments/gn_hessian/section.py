@@ -11,14 +11,10 @@ import xarray as xr
 from hessprobe.instruments.gn_hessian.answers import GNHessianAnswers
 from hessprobe.instruments.gn_hessian.ladder import BEYOND, LINEARISATION
 from hessprobe.instruments.gn_hessian.norms import GAUSS_NEWTON, HESSIAN
-from hessprobe.instruments.gn_hessian.pictures import MODEL_LOOKS, direction_look, pictures
+from hessprobe.instruments.gn_hessian.pictures import MODEL_LOOKS, direction_look
 from hessprobe.instruments.gn_hessian.step_findings import ALONG_LADDER
-from hessprobe.pictures import plotly_pen
-from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.labelled import Labelled
-from hessprobe.reading.rows import failed_rows
 from hessprobe.reading.symmetry import asymmetry
-from hessprobe.report.differences import Beside
 
 TITLE = "Gauss-Newton against Hessian"
 NO_ROWS = xr.Dataset(coords={"step": np.empty(0, int)})
@@ -124,55 +120,3 @@ def _mass(answers: GNHessianAnswers) -> dict[str, float] | None:
     row = answers.negative.isel(step=-1)
     found = {name: float(row[name]) for name in ("mass", "mass_stderr", "mass_low", "mass_high")}
     return found if np.isfinite(found["mass"]) else None
-
-
-# Until the report asks instruments through their registry.
-def gn_hessian(run: xr.DataTree) -> Section:
-    table, reason = table_or_reason(run, "gn_hessian")
-    if table is None:
-        return Section(name="gn_hessian", title=TITLE, template="", missing=reason)
-    answers = GNHessianAnswers(table)
-    runs = [Labelled(label="", answers=answers, compared=answers)]
-    found = content(runs)
-    return Section(
-        name="gn_hessian",
-        title=TITLE,
-        template="gn_hessian/section.html.j2",
-        missing="" if found else "No row of the table 'gn_hessian' holds a number yet.",
-        content=found,
-        charts=plotly_pen.charts(pictures(runs)) if found else {},
-        failed=failed_rows(table),
-    )
-
-
-# Until the report asks instruments through their registry.
-def several_gn_hessian(beside: Sequence[Beside]) -> Section:
-    found = [(run.label, table_or_reason(run.tree, "gn_hessian")[1]) for run in beside]
-    missing = [f"{label}: {reason}" for label, reason in found if reason]
-    runs = []
-    for run in beside:
-        table = run.tree["gn_hessian"].to_dataset() if "gn_hessian" in run.tree.children else NO_ROWS
-        answers = GNHessianAnswers(table)
-        runs.append(Labelled(label=run.label, answers=answers, compared=answers))
-    charts = plotly_pen.charts(pictures(runs))
-    return Section(
-        name="gn_hessian",
-        title=TITLE,
-        template="gn_hessian/several.html.j2",
-        missing="" if charts else " ".join(missing) or "No measured row holds a number yet.",
-        content={**content(runs), "missing": missing} if charts else {},
-        charts=charts,
-    )
-
-
-# Until the report asks instruments through their registry.
-def gn_hessian_drawings(run: xr.DataTree) -> dict[str, Any]:
-    from hessprobe.pictures import matplotlib_pen
-
-    answers = GNHessianAnswers(run["gn_hessian"].to_dataset())
-    runs = [Labelled(label="", answers=answers, compared=answers)]
-    return {
-        picture.name: lambda picture=picture: (matplotlib_pen.draw(picture), picture.data)
-        for picture in pictures(runs)
-        if picture.where != "page"
-    }

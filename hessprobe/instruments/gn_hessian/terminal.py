@@ -99,8 +99,3 @@ def _table(*headings: str) -> Table:
     for i, heading in enumerate(headings):
         shown.add_column(heading, justify="right" if i else "left")
     return shown
-
-
-# Until the report asks instruments through their registry.
-def show_gn_hessian(table: xr.Dataset, console: Console) -> None:
-    show(GNHessianAnswers(table), console)

@@ -25,12 +25,6 @@ def findings(answers: PreconditionerAnswers) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
-# Until the report asks instruments through their registry.
-def preconditioner_findings(table: xr.Dataset) -> list[Finding]:
-    """Returns the findings of a table."""
-    return findings(PreconditionerAnswers(table))
-
-
 def layerwise_over_full(answers: PreconditionerAnswers) -> list[Finding]:
     """Returns, for each damping, from which curvature batch on full Gauss-Newton gets farther than layerwise."""
     pays, found = answers.pays, []

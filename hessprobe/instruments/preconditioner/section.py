@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
 from hessprobe.instruments.preconditioner.answers import PreconditionerAnswers
 from hessprobe.instruments.preconditioner.findings import LOOSE
-from hessprobe.instruments.preconditioner.pictures import pictures
 from hessprobe.instruments.preconditioner.table import FULL, LAYERWISE
-from hessprobe.pictures import matplotlib_pen, plotly_pen
-from hessprobe.pictures.picture import Picture
 from hessprobe.pictures.room import COLUMNS_DRAWN
-from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.labelled import Labelled
-from hessprobe.reading.rows import failed_rows
 from hessprobe.reading.symmetry import asymmetry
 from hessprobe.reading.trend import STANDARD_ERRORS
-from hessprobe.store.reader import require_table
 
 
 def content(runs: Sequence[Labelled[PreconditionerAnswers]]) -> dict[str, Any]:
@@ -91,48 +83,3 @@ def _board(answers: PreconditionerAnswers) -> list[dict[str, Any]]:
             each | {"name": str(name), "failure": failure, "ratio": ratio, "stderr": stderr, "apart": apart}
         )
     return rows
-
-
-# Until the report asks instruments through their registry.
-def preconditioner(run: xr.DataTree) -> Section:
-    """Returns the section of one run, or one that says which flag records it."""
-    section = partial(
-        Section, name="preconditioner", title="Preconditioners", template="preconditioner/section.html.j2"
-    )
-    table, reason = table_or_reason(run, "preconditioner")
-    if table is None:
-        return section(missing=reason)
-    answers = PreconditionerAnswers(table)
-    runs, failed = [Labelled(label="", answers=answers, compared=answers)], failed_rows(table)
-    if answers.empty:
-        return section(missing="No row of the table 'preconditioner' holds a number yet.", failed=failed)
-    return section(content=content(runs), charts=plotly_pen.charts(pictures(runs)), failed=failed)
-
-
-# Until the report asks instruments through their registry.
-def several_preconditioner(beside: Sequence[Any]) -> Section:
-    """Returns the section of several runs."""
-    section = partial(
-        Section, name="preconditioner", title="Preconditioners", template="preconditioner/several.html.j2"
-    )
-    asked = [(run.label, *table_or_reason(run.tree, "preconditioner")) for run in beside]
-    missing = [f"{label}: {reason}" for label, _, reason in asked if reason]
-    tables = [(label, xr.Dataset() if table is None else table) for label, table, _ in asked]
-    answers = [(label, PreconditionerAnswers(table)) for label, table in tables]
-    runs = [Labelled(label=label, answers=each, compared=each) for label, each in answers]
-    charts = plotly_pen.charts(pictures(runs))
-    if not charts:
-        return section(missing=" ".join(missing) or "No measured row holds a number yet.")
-    return section(charts=charts, content={"missing": missing, **content(runs)})
-
-
-# Until the report asks instruments through their registry.
-def preconditioner_drawings(run: xr.DataTree) -> dict[str, Callable[[], Any]]:
-    """Returns {file name: function that draws it}."""
-    answers = PreconditionerAnswers(require_table(run, "preconditioner"))
-
-    def draw(picture: Picture) -> tuple[Any, Any]:
-        return matplotlib_pen.draw(picture), picture.data
-
-    found = pictures([Labelled(label="", answers=answers, compared=answers)])
-    return {each.name: partial(draw, each) for each in found if each.where != "page"}

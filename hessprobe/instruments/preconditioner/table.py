@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from math import nan
+from typing import Any
 
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
@@ -138,3 +140,9 @@ def _spectra(recipe: PreconditionerRecipe):
         ("ritz_min_residual", dims, "1", "an eigenvalue lies this near ritz_min", lanczos),
         ("condition", dims, "1", f"ritz_max / ritz_min {of}: at most the true condition number", lanczos),
     ))  # fmt: skip
+
+
+def asked_with(table: Any) -> tuple[float, ...]:
+    """Returns a recorded table's first damping, largest curvature batch and held-out sequences: numbers depend on them."""
+    held_out = float(table.attrs.get("held_out_sequences", nan))
+    return float(table["damping"].values[0]), float(table["curvature_sequences"].values[-1]), held_out

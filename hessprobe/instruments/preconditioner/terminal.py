@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import xarray as xr
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from hessprobe.instruments.preconditioner.answers import PreconditionerAnswers
 from hessprobe.reading.wording import percent, plus_minus
-
-
-# Until the report asks instruments through their registry.
-def show_preconditioner(table: xr.Dataset, console: Console) -> None:
-    """Prints what a table answers."""
-    show(PreconditionerAnswers(table), console)
 
 
 def show(answers: PreconditionerAnswers, console: Console) -> None:

@@ -19,11 +19,12 @@ from hessprobe.analysis import (
     strongest_pairs,
 )
 from hessprobe.instruments.cross_layer import answers as module
-from hessprobe.instruments.cross_layer.answers import NO_ROWS, CrossLayerAnswers, comparable
+from hessprobe.instruments.cross_layer.answers import NO_ROWS, CrossLayerAnswers, at_one_damping
 from hessprobe.instruments.cross_layer.coupling import depths
 from hessprobe.instruments.cross_layer.findings import MATRICES, findings
 from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
 from hessprobe.instruments.cross_layer.table import cross_layer_table
+from hessprobe.reading.labelled import Labelled
 from tests.instruments.cross_layer.grouping.tables import table as sketched_table
 from tests.instruments.cross_layer.tables import BLOCKS, table
 
@@ -151,6 +152,9 @@ def test_groupings_of_several_runs_are_judged_at_the_largest_of_their_dampings()
     other = other.at_damping(2 * one.groupings.damping)
     assert other.groupings.damping == 2 * one.groupings.damping
     nothing = CrossLayerAnswers(NO_ROWS)
-    first, second, third = comparable([one, other, nothing])
+    runs = [
+        Labelled(label=str(i), answers=each, compared=each) for i, each in enumerate((one, other, nothing))
+    ]
+    first, second, third = (run.compared for run in at_one_damping(runs))
     assert first.groupings.damping == second.groupings.damping == other.groupings.damping
     assert second is other and third is nothing and third.groupings.reason

@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from hessprobe.instruments.train.figures import decrease_over_training, loss_curve, step_size_over_training
 
 from hessprobe.analysis import open_run
 from hessprobe.cli import main
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.answers import NO_ROWS, CrossLayerAnswers
 from hessprobe.instruments.cross_layer.pictures import pictures
-from hessprobe.pictures.matplotlib_pen import draw
-from hessprobe.pictures.paper import save
+from hessprobe.pictures.matplotlib_pen import draw, save
 from hessprobe.pictures.picture import Picture
 from hessprobe.reading.labelled import Labelled
 from hessprobe.report.figure_set import save_figures
@@ -32,9 +30,10 @@ TRAINING = {"loss", "loss_by_tokens", "loss_by_seconds", "step_size", "decrease"
 def drawn(log: xr.DataTree, step: int | None = None) -> dict[str, Picture]:
     """Returns a run's pictures by name."""
     table = log["cross_layer"].to_dataset() if "cross_layer" in log.children else NO_ROWS
-    answers = CrossLayerAnswers(table, train=log["train"].to_dataset())
+    answers = CrossLayerAnswers(table)
     return {
-        each.name: each for each in pictures([Labelled(label="", answers=answers, compared=answers)], step)
+        each.name: each
+        for each in pictures([Labelled(label="", answers=answers, compared=answers, run=log)], step)
     }
 
 
@@ -71,39 +70,10 @@ def test_the_lines_are_what_is_stored(log: xr.DataTree):
     np.testing.assert_allclose(np.sort(pairs["y"]), np.sort(row[np.triu_indices(6, k=1)]))
 
 
-def test_the_lines_of_training_are_the_data_returned(log: xr.DataTree):
-    figure, _ = decrease_over_training(log)
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), log["train"]["actual_decrease"].values)
-    np.testing.assert_array_equal(
-        figure.axes[0].lines[1].get_ydata(), log["train"]["predicted_decrease"].values
-    )
-    figure, curve = loss_curve(log)
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), log["train"]["loss"].values)
-    np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), curve["held_out_loss"].dropna("step"))
-    figure, drawn = step_size_over_training(log)
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), drawn["step_size"])
-    np.testing.assert_array_equal(drawn["step_size"], log["train"]["step_size"].values)
-
-
-@pytest.mark.parametrize("clock", ["tokens", "seconds", "gradient_equivalents"])
-def test_the_loss_lies_along_the_clock_that_is_asked_for(log: xr.DataTree, clock):
-    train = log["train"].to_dataset().load()
-    training, held_out = loss_curve(log, clock)[0].axes[0].lines
-    np.testing.assert_array_equal(training.get_xdata(), train[clock])
-    evaluated = train.dropna("step", subset=["held_out_loss"])
-    np.testing.assert_array_equal(held_out.get_xdata(), evaluated[clock])
-    np.testing.assert_array_equal(held_out.get_ydata(), evaluated["held_out_loss"])
-    bare = xr.DataTree.from_dict({"train": train.drop_vars(clock)})
-    with pytest.raises(UserError, match=f"holds {clock}"):
-        loss_curve(bare, clock)
-    with pytest.raises(UserError, match="no clock named 'token'"):
-        loss_curve(log, "token")
-
-
 def test_saved_as_pdf_with_text_and_png_at_column_width(log: xr.DataTree, tmp_path):
-    figure, _ = loss_curve(log)
-    paths = save(figure, tmp_path / "figures", "loss")
-    assert [path.name for path in paths] == ["loss.pdf", "loss.png"]
+    figure = draw(drawn(log)["off_block_energy"])
+    paths = save(figure, tmp_path / "figures", "energy")
+    assert [path.name for path in paths] == ["energy.pdf", "energy.png"]
     pdf = paths[0].read_bytes()
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType embedded, not letters as drawings
     assert paths[1].read_bytes().startswith(b"\x89PNG")
@@ -122,7 +92,12 @@ def test_what_cannot_be_drawn_is_said(log: xr.DataTree, tmp_path):
         with pytest.raises(UserError, match="holds a step_curvature; nothing to draw"):
             draw(drawn(run)["cross_share"])
     told = save_figures(bare, tmp_path / "figures", training=False).left_out
-    assert told["coupling"] == "this run holds no table 'cross_layer'; --probe cross_layer records it"
+    assert (
+        told["cross_layer"]
+        == "this run holds no table 'cross_layer'; hessprobe train --probe cross_layer records it"
+    )
+    with pytest.raises(UserError, match="step 7 was not measured; measured: 0, 5, 20, 25, 30"):
+        save_figures(log, tmp_path / "figures", step=7)
 
 
 def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path):
@@ -137,7 +112,7 @@ def test_every_figure_a_run_can_give_is_drawn_and_the_others_say_why(sketched, t
     assert not found.left_out.keys() & {"coupling", *names} and len(found.written) == 2 * len(names)
     bare = save_figures(open_run(write_run(tmp_path / "bare", steps=None)), tmp_path / "some")
     assert {path.stem for path in bare.written} == TRAINING
-    assert len(bare.left_out) >= 8 and "--probe cross_layer" in bare.left_out["merge_gains"]
+    assert bare.left_out.keys() == {"cross_layer", "gn_hessian", "preconditioner"}
 
 
 def test_the_command_writes_figures_and_says_which_are_missing(tmp_path, monkeypatch, capsys):
@@ -153,7 +128,7 @@ def test_the_command_writes_figures_and_says_which_are_missing(tmp_path, monkeyp
     assert {path.name for path in folder.iterdir()} == {
         f"{name}.{kind}" for name in TRAINING for kind in ("pdf", "png")
     }
-    assert "no figure merge_gains: this run holds no table 'cross_layer'" in told.err
+    assert "no figure cross_layer: this run holds no table 'cross_layer'" in told.err
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "file")])
     with pytest.raises(SystemExit) as stop:

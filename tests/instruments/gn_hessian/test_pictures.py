@@ -24,7 +24,8 @@ from hessprobe.instruments.gn_hessian.step_findings import ALONG
 from hessprobe.instruments.gn_hessian.table import DIRECTIONS, MODELS
 from hessprobe.pictures import matplotlib_pen, plotly_pen
 from hessprobe.pictures.picture import Picture
-from hessprobe.report.differences import differences, runs_beside
+from hessprobe.report.asking import ask
+from hessprobe.report.differences import differences
 from hessprobe.report.several_runs import write_runs_report
 from hessprobe.report.terminal import show
 from tests.instruments.gn_hessian.runs import STEPS, Truth, alone, write_gn_run
@@ -155,8 +156,8 @@ def test_several_runs_stand_beside_each_other_up_to_their_common_step(tmp_path):
     for label, stored in zip(("one", "other"), tables, strict=True):
         np.testing.assert_array_equal(numbers(lines(text, "gn_gap")[label]["y"]), stored["gn_gap"])
         assert label in lines(text, "gn_density") and label in lines(text, "gn_linearisation")
-    beside, _ = runs_beside([one, other])
-    apart = next(each for each in differences(beside) if each.name == "gn_gap")
+    asked = ask([open_run(one), open_run(other)], ["one", "other"])
+    apart = next(each for each in differences(asked) if each.name == "gn_gap")
     gaps = [float(stored["gn_gap"].sel(step=12)) for stored in tables]
     assert apart.value == pytest.approx(abs(gaps[0] - gaps[1])) and apart.steps == (12,)
     assert apart.stderr == pytest.approx(0.05 * np.hypot(*gaps))

@@ -22,11 +22,11 @@ from hessprobe.instruments.preconditioner.efficiency_pictures import efficiency_
 from hessprobe.instruments.preconditioner.findings import findings
 from hessprobe.instruments.preconditioner.pictures import pictures
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
-from hessprobe.instruments.preconditioner.section import preconditioner
 from hessprobe.pictures import matplotlib_pen
 from hessprobe.pictures.picture import Picture
 from hessprobe.reading.labelled import Labelled
-from hessprobe.report.differences import differences, runs_beside
+from hessprobe.report.asking import ask
+from hessprobe.report.differences import differences
 from hessprobe.report.figure_set import save_figures
 from hessprobe.report.page import write_report
 from hessprobe.report.several_runs import write_runs_report
@@ -187,8 +187,8 @@ def test_hostile_names_stay_text(tmp_path):
 
 
 def test_a_missing_table_says_which_flag_records_it(tmp_path):
-    section = preconditioner(open_run(write_run(tmp_path / "run", steps=None, train_steps=1)))
-    assert "hessprobe train --probe preconditioner records it" in section.missing
+    text = write_report(write_run(tmp_path / "run", steps=None, train_steps=1)).read_text(encoding="utf-8")
+    assert "hessprobe train --probe preconditioner records it" in unescape(text)
 
 
 SMALL = PreconditionerRecipe(
@@ -290,7 +290,7 @@ def quick(monkeypatch):
         (folder / f"{name}.pdf").touch()
         return [folder / f"{name}.pdf"]
 
-    monkeypatch.setattr("hessprobe.pictures.paper.save", touched)
+    monkeypatch.setattr("hessprobe.pictures.matplotlib_pen.save", touched)
 
 
 def test_all_figures_are_written_and_a_run_without_the_table_has_none(measured, tmp_path, quick):
@@ -345,4 +345,5 @@ def test_several_runs_stand_side_by_side(measured, tmp_path):
     # Other dampings, other numbers: such runs are not compared.
     recipe = PreconditionerRecipe(curvature_sequences=(4,), held_out_sequences=8, folds=4, dampings=(1.0,))
     apart = write_preconditioner_run(tmp_path / "apart", recipe=recipe, steps=(0,), train_steps=1)
-    assert "layerwise_over_full" not in {each.name for each in differences(runs_beside([measured, apart])[0])}
+    asked = ask([open_run(measured), open_run(apart)], ["measured", "apart"])
+    assert "layerwise_over_full" not in {each.name for each in differences(asked)}
