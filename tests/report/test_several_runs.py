@@ -82,7 +82,7 @@ def test_every_line_is_what_is_stored_and_matrices_are_of_the_last_common_step(t
         off = ~np.eye(len(LAYERS), dtype=bool)
         np.testing.assert_allclose(shown[off], matrix[-1][off], rtol=1e-6)
     means = [[np.diagonal(m[-1], offset=d).mean() for d in range(1, 6)] for m in stored(runs, "coupling")]
-    for line, expected in zip(charts["distance"]["data"], means, strict=True):
+    for line, expected in zip(charts["coupling_by_distance"]["data"], means, strict=True):
         np.testing.assert_allclose(numbers(line["y"]), expected)
     for line, values in zip(charts["loss"]["data"], stored(runs, "held_out_loss", "train", 99), strict=True):
         np.testing.assert_array_equal(numbers(line["y"]), values[np.isfinite(values)])
