@@ -12,9 +12,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hessprobe.errors import UserError
+from hessprobe.instruments.instrument import Instrument
 from hessprobe.instruments.registry import EVERY_RUN
 from hessprobe.pictures import matplotlib_pen
 from hessprobe.pictures.picture import Picture
+from hessprobe.reading.labelled import Labelled
 from hessprobe.reading.rows import sound_rows
 from hessprobe.report.asking import ask, readers
 from hessprobe.report.sections import pictures_of
@@ -64,12 +66,15 @@ def save_figures(
         if answered is None:
             unrecorded[each.name] = f"this run holds no table {each.name!r}; {each.recorded_with} records it"
         else:
-            found = pictures_of(each, [answered])
-            drawings |= {
-                picture.name: partial(_draw, picture) for picture in found if picture.where != "page"
-            }
+            drawings |= drawings_of(each, answered)
     saved = save_drawings(drawings, folder, prefix=prefix)
     return replace(saved, left_out=saved.left_out | unrecorded)
+
+
+def drawings_of(instrument: Instrument, run: Labelled[Any]) -> dict[str, Draw]:
+    """Returns {file name: what draws it and returns it with its data} of an instrument's figures of one run."""
+    found = pictures_of(instrument, [run])
+    return {picture.name: partial(_draw, picture) for picture in found if picture.where != "page"}
 
 
 def _check_measured(run: xr.DataTree, step: int) -> None:
