@@ -49,6 +49,15 @@ def save_figures(
         training: whether figures on training alone are drawn too.
         groupings: what `study_groupings` said of its table, where it was asked before (it takes seconds).
     """
+    drawings = figures_of(run, step=step, training=training, groupings=groupings)
+    # A step that was asked for and not measured is a mistake in the call.
+    return save_drawings(drawings, folder, prefix=prefix, wanted="" if step is None else "coupling")
+
+
+def figures_of(
+    run: xr.DataTree, *, step: int | None = None, training: bool = True, groupings: Any = None
+) -> dict[str, Draw]:
+    """Returns what draws each figure of an opened run, by name; arguments as of `save_figures`."""
     asked = ask([run], upto=step)
     if groupings is not None and "cross_layer" in asked.runs:
         vars(asked.runs["cross_layer"][0].answers)["groupings"] = groupings
@@ -56,8 +65,7 @@ def save_figures(
     for each in readers([run]):
         if each.name != EVERY_RUN or training:
             drawings |= _drawings(each.name, asked, step)
-    # A step that was asked for and not measured is a mistake in the call.
-    return save_drawings(drawings, folder, prefix=prefix, wanted="" if step is None else "coupling")
+    return drawings
 
 
 def _drawings(name: str, asked: Asked, step: int | None) -> Mapping[str, Draw]:
