@@ -20,11 +20,13 @@ from hessprobe.any_loop.meeting import Meeting, OutOfStep, Part
 from hessprobe.any_loop.torch_optimizers import running
 from hessprobe.errors import UserError
 from hessprobe.instruments.snapshot import Probe, Snapshot
-from hessprobe.machine.processes import ProcessLost
-from hessprobe.measuring.probe_batches import first_sequences, own_sequences, placed
+from hessprobe.machine.processes import ProcessLost, together
+from hessprobe.measuring.probe_batches import first_sequences, own_sequences
 from hessprobe.measuring.row_recorder import Measurement, ProbeRecorder
+from hessprobe.measuring.snapshots import Snapshots
 from hessprobe.measuring.undisturbed import undisturbed
 from hessprobe.optimization.running import RunningOptimizer
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.row_checks import UNCHECKED, Checked, RowChecks
@@ -54,7 +56,8 @@ class Measuring:
         meeting: Meeting,
         recorder: ProbeRecorder,
     ) -> None:
-        self.objective, self.partition, self.optimizers, self.seed = objective, partition, optimizers, seed
+        self.objective, self.partition, self.optimizers = objective, partition, optimizers
+        self.snapshots = Snapshots(objective=objective, partition=partition, seed=seed)
         self.meeting, self.processes, self.recorder = meeting, meeting.processes, recorder
         self.sharded = is_sharded(objective.model)
         self._before: tuple[int, Tensor, RunningOptimizer | None] | None = None
@@ -71,7 +74,7 @@ class Measuring:
             optimizer = None
             if self.optimizers and any(probe.needs_optimizer for probe in due):
                 optimizer = running(self.optimizers, self.objective.model, self.partition)
-            self._before = step, self._theta(), optimizer
+            self._before = step, self.snapshots.theta(), optimizer
 
     def forget(self) -> None:
         """Frees what was kept."""
@@ -117,21 +120,21 @@ class Measuring:
             raise
         return found
 
+    @together(lambda self, *_: self.processes)
     def _row(self, probe: Probe, snapshot: Snapshot, checked: Checked) -> Measurement:
-        with self.processes.together():
-            start = time.perf_counter()
-            try:
-                own = snapshot.batches
-                if not self.sharded or self.processes.count == 1:  # else each has brought its part of them
-                    own = first_sequences(self.objective, own, probe.sequences)
-            except UserError as error:  # they cannot be cut, in no process
-                return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
-            try:
-                return self.recorder.record(probe, replace(snapshot, batches=own), checked.row)
-            except UserError:  # a full disk
-                raise
-            except ValueError as error:  # a row that does not fit the probe's own table
-                return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
+        start = time.perf_counter()
+        try:
+            own = snapshot.batches
+            if not self.sharded or self.processes.count == 1:  # else each has brought its part of them
+                own = first_sequences(snapshot.micro_batches, probe.sequences)
+        except UserError as error:  # they cannot be cut, in no process
+            return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
+        try:
+            return self.recorder.record(probe, replace(snapshot, batches=own), checked.row)
+        except UserError:  # a full disk
+            raise
+        except ValueError as error:  # a row that does not fit the probe's own table
+            return self.recorder.fail(probe, snapshot.step, error, time.perf_counter() - start)
 
     def _snapshot(
         self, step: int, due: Sequence[Probe], batch: Any, trained: Any
@@ -141,12 +144,12 @@ class Measuring:
             _, before, optimizer = self._before
         self._before = None
 
-        def check(given: Any) -> None:
+        def check(held: MicroBatches) -> None:
             nonlocal checked
-            checked = self._checked(given, before, trained)
+            checked = self._checked(held, before, trained)
 
         if self.processes.count == 1:
-            batches = batch() if callable(batch) else batch
+            batches = self._held(batch() if callable(batch) else batch)
             check(batches)
         else:
             solver = "no optimizer" if optimizer is None else f"optimizer {optimizer.solver!r}"
@@ -156,28 +159,24 @@ class Measuring:
             )
             before, optimizer = (before, optimizer) if alike else (None, None)
         with self.processes.together():
-            theta = self._theta()
-            snapshot = Snapshot(
-                step=step,
-                objective=self.objective,
-                partition=self.partition,
-                parameters=theta if before is None else before,
-                batches=self.objective.micro_batches(placed(batches, theta.device)),
-                update=None if before is None else theta.sub_(before),
-                seed=self.seed,
-                optimizer=optimizer,
-            )
+            there = self._held(batches).checked()
+            snapshot = self.snapshots.take(step, there, before=before, optimizer=optimizer)
         return snapshot, checked
 
-    def _checked(self, batch: Any, before: Tensor | None, trained: Any) -> Checked:
+    def _held(self, given: Any) -> MicroBatches:
+        """Returns micro-batches on the model's device; those that are there already, as they are."""
+        if isinstance(given, MicroBatches):
+            return given
+        return self.objective.held(given).placed(next(self.objective.model.parameters()).device)
+
+    def _checked(self, batches: MicroBatches, before: Tensor | None, trained: Any) -> Checked:
         """Returns what the checks find of this process's whole batch; in no talk with the others.
 
         Nothing of sharded parameters: each pass needs all processes, and they have batches of other sizes.
         """
         if self.sharded:
             return UNCHECKED
-        theta = self._theta() if before is None or self.at_present else before
-        batches = self.objective.held(placed(batch, theta.device))
+        theta = self.snapshots.theta() if before is None or self.at_present else before
         found = self._checks.check(batches, theta, trained, before=before is not None or self.at_present)
         for note in found.notes:
             if note not in self._noted and self.processes.is_first:
@@ -185,11 +184,14 @@ class Measuring:
             self._noted.add(note)
         return found
 
-    def _part(self, due: Sequence[Probe], batch: Batch, known: str, check: Callable[[Any], None]) -> Part:
+    def _part(
+        self, due: Sequence[Probe], batch: Batch, known: str, check: Callable[[MicroBatches], None]
+    ) -> Part:
         """Returns what this process brings to the rows: as many of its sequences as any of them reads."""
         given, limit = batch() if callable(batch) else batch, max(probe.sequences for probe in due)
-        if self._holds_targets(given):
-            check(given)
+        counted = self.objective.counted(given)
+        if counted.hold_targets:  # one of several processes may have had nothing to read
+            check(self._held(given))
         weights = 0.0, 0.0
         if self.sharded:  # a pass needs all processes, so each must have its own sequences to run
             limit = max(1, limit // self.processes.count)
@@ -197,21 +199,10 @@ class Measuring:
             theta = self.partition.vector(self.objective.model)
             weights = float(theta.sum(dtype=torch.float64)), float(theta.norm(dtype=torch.float64))
         return Part(
-            batches=own_sequences(self.objective, given, limit),
+            batches=own_sequences(self.objective, counted, limit),
             known=known,
             weights=weights,
         )
-
-    def _holds_targets(self, given: Any) -> bool:
-        """Tells whether there is anything to check: one of several processes may have had nothing to read."""
-        return self.objective.holds_targets(given)
-
-    def _theta(self) -> Tensor:
-        """Returns theta in at least float32: curvature in half precision is noise. Empty where it is sharded."""
-        if self.sharded:
-            return torch.empty(0, device=next(self.objective.model.parameters()).device)
-        theta = self.partition.vector(self.objective.model)
-        return theta.float() if theta.dtype in (torch.float16, torch.bfloat16) else theta
 
 
 def names(probes: Iterable[Probe]) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hessprobe.checkpoints.series import Reader, check_probes, recipe_of
 from hessprobe.errors import UserError
 from hessprobe.measuring.failures import reason_of
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.recipe import ModelRecipe
 from hessprobe.training.builds import open_corpus
@@ -198,7 +199,7 @@ class StateDicts:
         self.notes: list[str] = []
         self.vocabulary = _vocabulary(self._objective.model)
         self.context = context or CONTEXT
-        self._first_weights()
+        self.place(0, self._objective.model)  # whether they fit is told before anything is written
 
     def reader(self) -> Reader:
         if self._data is not None:
@@ -213,7 +214,6 @@ class StateDicts:
         return open_corpus(self.recipe.model_copy(update={"model": model}))
 
     def model(self) -> nn.Module:
-        self.place(0, self._objective.model)
         return self._objective.model
 
     def objective(self, model: nn.Module) -> Objective:
@@ -228,8 +228,8 @@ class StateDicts:
             )
         model.load_state_dict(weights)
 
-    def origins(self) -> list[dict[str, Any]]:
-        return [{"file": str(Path(name).absolute())} for name in self.names]
+    def origin(self, number: int) -> dict[str, Any]:
+        return {"file": str(Path(self.names[number]).absolute())}
 
     def described(self) -> dict[str, Any]:
         return {
@@ -237,10 +237,6 @@ class StateDicts:
             "class": type(self._objective.model).__name__,
             "data": self._data or "",
         }
-
-    def _first_weights(self) -> None:
-        """Puts the first file's weights into the model: whether they fit is told before anything is written."""
-        self.place(0, self._objective.model)
 
 
 class _Given:
@@ -259,12 +255,12 @@ class _Given:
         """Returns the first batches that hold so many sequences between them, the last one cut; fewer where they end."""
         from hessprobe.measuring.probe_batches import first_sequences
 
-        while sum(self._objective.sequence_shape(batch)[0] for batch in self._batches) < sequences:
+        while sum(self._objective.sequences(batch) for batch in self._batches) < sequences:
             try:
                 self._batches.append(next(self._left))
             except StopIteration:
                 break
-        return first_sequences(self._objective, self._batches, sequences)
+        return list(first_sequences(MicroBatches(self._objective, self._batches), sequences))
 
 
 def _made(function: Any, name: str, flag: str = "--model") -> Any:

@@ -42,7 +42,7 @@ def _say_version(wanted: bool) -> None:
 
 
 @app.callback()
-def hessprobe_itself(
+def hessprobe_itself(  # noqa: D103 (its words would stand in --help)
     version: Annotated[
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
     ] = False,

@@ -59,7 +59,7 @@ def curvature_along(
         )
     groups = [(block,) for block in partition.blocks] if groups is None else groups
     partition.check(*(block for group in groups for block in group))
-    sequences = sum(objective.sequence_shape(batch)[0] for batch in gauss_newton.micro_batches)
+    sequences = gauss_newton.micro_batches.sequences
     if not 1 <= folds <= sequences:
         raise UserError(f"folds: wanted 1 to {sequences}, the batch's sequences, got {folds}")
     k, g, device = len(directions), len(groups), directions.device
@@ -69,9 +69,8 @@ def curvature_along(
     sound = torch.isfinite(directions).all(dim=1)
     slope[~sound], curvature[~sound] = torch.nan, torch.nan
     first = gauss_newton.shares[0].first if gauss_newton.shares else 0
-    for batch in gauss_newton.pieces:
+    for batch, (b, t) in zip(gauss_newton.pieces, gauss_newton.pieces.shapes, strict=True):
         targets = objective.targets(batch)
-        b, t = objective.sequence_shape(batch)
         fold_of = torch.arange(first, first + b) * folds // sequences
         first += b
         weights = objective.loss_function.weights(targets)

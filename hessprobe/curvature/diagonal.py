@@ -1,5 +1,7 @@
-"""diag(G) from gradients of sampled labels: E[(sum_n J_n^T c_n)^2] / N, where the c_n are independent with covariance
-d2 loss / dz2 (the Gauss-Newton-Bartlett estimator: Liu et al. 2023, arXiv 2305.14342, algorithm 2).
+"""The diagonal of G from gradients of sampled labels.
+
+It is E[(sum_n J_n^T c_n)^2] / N, where the c_n are independent with covariance d2 loss / dz2 (the Gauss-Newton-Bartlett
+estimator: Liu et al. 2023, arXiv 2305.14342, algorithm 2).
 
 One draw's relative error is 1.4 for every entry, however many tokens: micro-batches drawn apart are averaged.
 """
@@ -13,8 +15,9 @@ from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.problem.losses import Loss
+from hessprobe.problem.mean_loss import pull_back
 from hessprobe.problem.measuring import measuring, with_parameters
-from hessprobe.problem.objective import Batch, Objective, pull_back
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
 
@@ -55,7 +58,7 @@ def sampled_diagonal(
                 one = with_parameters(objective.model, leaves, lambda piece=piece: drawn(piece))
                 sums = one if sums.dim() == 0 else sums.add_(one)
             found = sums.square_() if found.dim() == 0 else found.add_(sums.square_())
-    return found / objective.weight(listed)
+    return found / listed.weight
 
 
 def _drawn(loss: Loss, outputs: Tensor, generator: torch.Generator) -> Tensor:

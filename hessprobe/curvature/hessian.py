@@ -24,6 +24,7 @@ from hessprobe.curvature.model_operator import ModelOperator
 from hessprobe.curvature.operator import Blocks
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.measuring import measuring
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch
 
 
@@ -180,21 +181,20 @@ class Hessian(ModelOperator):
     def _own(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         if self._keep and self.pieces:
             try:
-                with_targets = [piece for piece in self.pieces if self.objective.tokens(piece)]
-                if with_targets and not self._compared:
-                    self._compare(with_targets[0])
+                if not self._compared and (with_targets := self.pieces.with_targets):
+                    self._compare(with_targets[:1])
                 return self._over_batches(self._by_kept_graph, v, columns, rows)
             except (RuntimeError, NotImplementedError, MemoryError):
                 # No memory, or no second derivatives in reverse mode: forward mode may still have them.
                 self._keep, self._kept = 0, {}
         return super()._own(v, columns, rows)
 
-    def _compare(self, piece: Batch) -> None:
+    def _compare(self, piece: MicroBatches) -> None:
         """Raises where a product from a graph is not the product without it, on one piece."""
         v = torch.randn(1, self.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         v, everything = v.to(self.device, self.dtype), self.partition.blocks
         with measuring(self.objective.model):
-            kept = self._by_kept_graph(piece, v, everything, everything)
+            kept = self._by_kept_graph(piece[0], v, everything, everything)
         theta = None if self._theta is None else self.partition.flatten(self._theta)
         other = type(self)(self.objective.alone, piece, self.partition, parameters=theta, memory=self.memory)
         gap = (kept - other.apply(v) * (other.weight / self.weight)).norm()

@@ -27,6 +27,7 @@ from hessprobe.curvature.summed_outputs import (
 )
 from hessprobe.errors import RunFailed, UserError, unknown_name
 from hessprobe.problem.measuring import measuring
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
@@ -109,7 +110,7 @@ def kronecker_factors(
             "a method that needs no factors of the loss's Hessian"
         )
     _check_curvlinops()
-    listed = [batch for batch in objective.micro_batches(batches) if objective.tokens(batch)]
+    listed = objective.micro_batches(batches).with_targets
     names = kronecker_names(objective.model, partition, largest=largest)
     if not names:
         raise UserError(
@@ -140,14 +141,16 @@ def kronecker_factors(
 
 
 def _kfac_blocks(
-    presented: SummedOutputs, batches: list[Batch], names: Sequence[str], generator: torch.Generator
+    presented: SummedOutputs, batches: MicroBatches, names: Sequence[str], generator: torch.Generator
 ) -> dict[str, KroneckerBlock]:
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
     rows: dict[str, float] = {}
     again: set[str] = set()
-    for batch in batches:
-        operator = curvlinops.KFACLinearOperator(**presented.arguments([batch], names, _seed(generator)))
+    for i in range(len(batches)):
+        operator = curvlinops.KFACLinearOperator(
+            **presented.arguments(batches[i : i + 1], names, _seed(generator))
+        )
         before = presented.forwards
         with counted(presented, names) as counts:
             operator.compute_kronecker_factors()
@@ -179,7 +182,7 @@ def _kfac_blocks(
 
 
 def _ekfac_blocks(
-    presented: SummedOutputs, batches: list[Batch], names: Sequence[str], generator: torch.Generator
+    presented: SummedOutputs, batches: MicroBatches, names: Sequence[str], generator: torch.Generator
 ) -> dict[str, KroneckerBlock]:
     operator = curvlinops.EKFACLinearOperator(**presented.arguments(batches, names, _seed(generator)))
     with counted(presented, names) as counts:

@@ -85,7 +85,7 @@ class Linearisation:
 
     @property
     def outputs(self) -> Tensor:
-        """z (n, c), without a graph."""
+        """Z (n, c), without a graph."""
         return self._z.detach()
 
     def tangent(self, v: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

@@ -13,11 +13,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.curvature.forward_mode import NoForwardMode
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.measuring import measuring
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import present
@@ -71,8 +73,8 @@ class ModelOperator(CurvatureOperator):
         super().__init__(partition, dtype, device)
         self.objective = objective
         self.micro_batches = objective.micro_batches(batches)
-        self.tokens = objective.tokens(self.micro_batches)
-        self.weight = objective.weight(self.micro_batches)  # what the mean loss divides by
+        self.tokens = self.micro_batches.tokens
+        self.weight = self.micro_batches.weight  # what the mean loss divides by
         self.memory = memory
         self._theta = None if parameters is None else partition.unflatten(parameters.detach())
         if engine != "auto" and engine not in self.ENGINES:
@@ -81,19 +83,18 @@ class ModelOperator(CurvatureOperator):
         self._batched = True
         self._trusted = False
         self._cuts: int | None = None
-        self._pieces: list[Batch] | None = None
+        self._pieces: MicroBatches | None = None
 
     @property
-    def pieces(self) -> list[Batch]:
+    def pieces(self) -> MicroBatches:
         """This process's share of the micro-batches as it is worked on: long ones in halves, finer where memory ran out."""
         if self._pieces is None:
             fills = self.FILLS_CPU if self.device.type == "cpu" else self.FILLS_GPU
-            found = []
-            for own in self.shares:
-                positions = self.objective.targets(own.batch).shape[0]
-                cuts = self._cuts or (2 if positions >= 2 * fills else 1)
-                found += self.objective.split(own.batch, cuts)
-            self._pieces = found
+            found, shares = [], self.micro_batches.parted([own.batch for own in self.shares])
+            for batch, (count, positions) in zip(shares, shares.shapes, strict=True):
+                cuts = self._cuts or (2 if count * positions >= 2 * fills else 1)
+                found += self.objective.split(batch, cuts)
+            self._pieces = shares.parted(found)
         return self._pieces
 
     @cached_property
@@ -142,18 +143,18 @@ class ModelOperator(CurvatureOperator):
             return t.detach()
 
         own = {p.untyped_storage().data_ptr() for p in self.objective.model.parameters()}
-        largest = 0
+        largest, vector = 0, self.size * self.dtype.itemsize
         for batch in self.pieces:
             seen.clear()
             with measuring(self.objective.model), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
                 z = self.objective.outputs(batch, self.leaves())
                 saved = sum(size for pointer, size in seen.items() if pointer not in own)
-            largest = max(largest, saved + 2 * z.numel() * z.element_size())
-        return largest + 3 * self.size * self.dtype.itemsize
+            largest = max(largest, cost.bytes_per_row(saved, z.nbytes, vector))
+        return largest or cost.bytes_per_row(0, 0, vector)
 
     def rows_at_once(self, k: int) -> int:
         """Returns how many of k rows fit in the memory bound together."""
-        return 1 if k == 1 else min(k, max(1, self.memory // self.bytes_per_row))
+        return 1 if k == 1 else cost.rows_at_once(k, self.memory, self.bytes_per_row)
 
     def _apply(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         return self._total(lambda: self._own(v, columns, rows))

@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hessprobe.curvature.cost import passes
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 
 # torch's losses by family, summed, and what makes their Hessians the family's: MSELoss sums |z - y|^2, we half of it.
@@ -56,14 +58,18 @@ class SummedOutputs(nn.Module):
         self.backwards += {"mc": self.samples, "exact": z.shape[1], "empirical": 1}[self.fisher]
         return z
 
-    def arguments(self, batches: list[Batch], names: Sequence[str], seed: int) -> dict[str, Any]:
+    def arguments(self, batches: MicroBatches, names: Sequence[str], seed: int) -> dict[str, Any]:
         """Returns the arguments of curvlinops' K-FAC operators for the summed loss of the batches."""
         loss, _ = LOSSES[str(self.objective.loss_function.family)]
         return {
             "model_func": self,
             "loss_func": loss(reduction="sum"),
             "params": [self.model.get_parameter(name) for name in names],
-            "data": [datum for batch in batches for datum in self._data(batch)],
+            "data": [
+                datum
+                for batch, (_, length) in zip(batches, batches.shapes, strict=True)
+                for datum in self._data(batch, length)
+            ],
             "check_deterministic": False,
             "seed": seed,
             "fisher_type": "type-2" if self.fisher == "exact" else self.fisher,
@@ -73,7 +79,7 @@ class SummedOutputs(nn.Module):
             "batch_size_fn": lambda _: 1,
         }
 
-    def _data(self, batch: Batch) -> list[tuple[dict[str, Any], Tensor]]:
+    def _data(self, batch: Batch, length: int) -> list[tuple[dict[str, Any], Tensor]]:
         """Returns the batch's tokens with a target: at once, or for "exact" those of one position after another.
 
         Sent back together, the same class of two positions of a sequence would add up coherently: in a decoder
@@ -83,7 +89,7 @@ class SummedOutputs(nn.Module):
         valid = self.objective.loss_function.valid(targets).nonzero()[:, 0]
         groups = [valid]
         if self.fisher == "exact":
-            position = valid % self.objective.sequence_shape(batch)[1]
+            position = valid % length
             groups = [valid[position == t] for t in position.unique()]
         # Only "empirical" reads the labels; curvlinops checks them whatever they are for.
         y = targets if self.fisher == "empirical" or targets.dim() == 1 else torch.zeros_like(targets)
@@ -91,9 +97,9 @@ class SummedOutputs(nn.Module):
             y = y.new_zeros(len(y), dtype=torch.long)
         return [({"batch": batch, "tokens": kept}, y[kept]) for kept in groups if len(kept)]
 
-    def scale(self, batches: list[Batch]) -> float:
+    def scale(self, batches: MicroBatches) -> float:
         """Returns what turns curvlinops' sums over tokens into our mean loss's."""
-        return LOSSES[str(self.objective.loss_function.family)][1] / self.objective.weight(batches)
+        return LOSSES[str(self.objective.loss_function.family)][1] / batches.weight
 
     def cost(self, names: Sequence[str]) -> float:
         """Returns the gradient-equivalents of the passes so far and of their sums of outer products."""
@@ -104,7 +110,7 @@ class SummedOutputs(nn.Module):
         for module in {name.rpartition(".")[0] for name in names}:
             linear = cast("nn.Linear", self.model.get_submodule(module))
             products += self.forwards * linear.in_features**2 + self.backwards * linear.out_features**2
-        return (self.forwards + 2 * self.backwards + products / weights) / 3
+        return passes(self.forwards, 2 * self.backwards, products / weights)
 
 
 def module_of(name: str) -> tuple[str, str]:

@@ -36,7 +36,7 @@ class Conditioning:
 
     @property
     def condition(self) -> float:
-        """largest / smallest: at most the true condition number where both eigenvalues are positive."""
+        """Largest / smallest: at most the true condition number where both eigenvalues are positive."""
         return self.largest / self.smallest
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessprobe.curvature.cost import rows_at_once
 from hessprobe.curvature.model_operator import DEFAULT_MEMORY
 from hessprobe.curvature.operator import CurvatureOperator
 from hessprobe.errors import UserError
@@ -105,7 +106,7 @@ def spectral_density(
 
 def starts_at_once(probes: int, steps: int, vector_bytes: int, memory: int) -> int:
     """Returns how many Lanczos runs of that many steps fit in the memory together, at least one."""
-    return min(probes, max(1, memory // (steps * vector_bytes)))
+    return rows_at_once(probes, memory, steps * vector_bytes)
 
 
 def _padded(rows: Sequence[Tensor], length: int) -> Tensor:

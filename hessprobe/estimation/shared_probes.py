@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessprobe.curvature.cost import rows_at_once
 from hessprobe.curvature.model_operator import DEFAULT_MEMORY
 from hessprobe.curvature.operator import CurvatureOperator
 from hessprobe.estimation.sampling import Estimate, check_samples, rademacher
@@ -38,7 +39,7 @@ class SharedProbes:
 
     @property
     def traces(self) -> Estimate:
-        """tr A of the three."""
+        """Tr A of the three."""
         return Estimate.of(self.trace)
 
     def traces_given(self, known: Estimate) -> Estimate:
@@ -132,4 +133,4 @@ def _asymmetry(v: Tensor, product: Tensor) -> float:
 
 def probes_at_once(samples: int, vector_bytes: int, memory: int) -> int:
     """Returns how many probes go together, with both products: the first two always do."""
-    return min(samples, max(2, memory // (3 * vector_bytes)))
+    return rows_at_once(samples, memory, 3 * vector_bytes, least=2)

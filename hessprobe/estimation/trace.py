@@ -83,6 +83,6 @@ def _repeated(
     for seed in seeds:
         # curvlinops draws from torch's global generator: it is lent ours, and put back.
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed)  # noqa: TID251
             found.append(torch.as_tensor(estimator(view, samples), dtype=operator.dtype))
     return Estimate.of(torch.stack(found))

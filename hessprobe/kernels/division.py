@@ -14,15 +14,15 @@ from torch import Tensor
 from hessprobe.errors import UserError
 from hessprobe.kernels.grams import Grams
 from hessprobe.kernels.plan import NotOneCall, Plan, without
-from hessprobe.kernels.sequence_gradients import outputs_of, watched
 from hessprobe.kernels.sketches import Draws
 from hessprobe.kernels.stream import Stream
 from hessprobe.machine.memory import is_out_of_memory
-from hessprobe.machine.processes import PeerFailed
-from hessprobe.problem.measuring import with_parameters
+from hessprobe.machine.processes import PeerFailed, together
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import Share, is_sharded
+from hessprobe.problem.splitting import can_be_cut
 
 # Divisions go at least so far, whatever a micro-batch's size: with each, half as much is held.
 LEAST_MEMORY = 64
@@ -71,7 +71,7 @@ class Gathered:
 
 def gathered(
     objective: Objective,
-    batches: Sequence[Batch],
+    batches: MicroBatches,
     partition: Partition,
     plan: Plan,
     draws: Draws,
@@ -90,23 +90,25 @@ def gathered(
     Raises:
         UserError: out of memory with one sequence at a time (or whole micro-batches where they cannot be cut) too.
     """
-    counts = [objective.sequence_shape(batch)[0] for batch in batches]
-    shares = objective.share(list(batches))
+    counts = batches.counts
+    shares = objective.share(batches)
     if not objective.processes.all_say(bool(shares)):  # fewer sequences than processes: each runs them all
         objective = objective.alone
-        shares = objective.share(list(batches))
+        shares = objective.share(batches)
     processes, sharded = objective.processes, is_sharded(objective.model)
     sizes = [own.stop - own.start for own in shares]
     everyone = processes.gathered(sizes) if sharded else [sizes]
     cuttable: list[bool] = []
 
+    @together(lambda _: processes)  # a process out of memory is one for all to try again
     def attempt(division: int) -> Gathered:
         if division > 1 and not cuttable:
             largest = max(shares, key=lambda own: own.stop - own.start).batch
-            own = sharded or _can_be_cut(objective, largest, partition, theta, autocast)
+            own = sharded or can_be_cut(objective, largest)
             cuttable.append(processes.all_say(own))
         parts = _parts(objective, shares, division if cuttable and cuttable[0] else 1, everyone)
 
+        runs = batches.parted([part.batch for part in parts])
         losses: dict[tuple[int, int, int], Tensor] = {}
 
         def cotangents(i: int, r: int, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def gathered(
             refused: set[int] = set()
             try:
                 with processes.together(detail=lambda error, kept=kept: _refused(error, kept)):
-                    grams = stream.run([part.batch for part in parts], rounds, cotangents)
+                    grams = stream.run(runs, rounds, cotangents)
             except (NotOneCall, PeerFailed) as error:
                 refused = _refused(error, kept)
                 if not refused:
@@ -157,10 +159,6 @@ def gathered(
                 division=division,
             )
 
-    def in_step(division: int) -> Gathered:
-        with processes.together():  # a process out of memory is one for all to try again
-            return attempt(division)
-
     most = max(LEAST_MEMORY, *counts)
     refusal = (
         f"out of memory: {sum(counts) * rounds} sketches of {partition.size:,} parameters do not fit, not even with one "
@@ -168,7 +166,7 @@ def gathered(
         f"held, 1/{most} of memory={memory:,}; measure fewer sequences or rounds (cross_layer.sequences, "
         "cross_layer.rounds), a shorter context, smaller micro-batches, or free memory on the model's device"
     )
-    return within_memory(in_step, most, refusal, division)
+    return within_memory(attempt, most, refusal, division)
 
 
 def within_memory(attempt: Callable[[int], Result], most: int, refusal: str, division: int = 1) -> Result:
@@ -236,41 +234,3 @@ def _labels(
             of_round.append(torch.full_like(own, r))
             place.append((number * rounds + r) * sum(counts) + own)
     return torch.cat(sequence), torch.cat(of_round), torch.argsort(torch.cat(place))
-
-
-def _can_be_cut(
-    objective: Objective,
-    batch: Batch,
-    partition: Partition,
-    theta: Mapping[str, Tensor] | None,
-    autocast: torch.dtype | None,
-) -> bool:
-    """Tells whether each half of a batch's sequences gives the same outputs without the other half.
-
-    They do not where sequences share something (an expert's capacity, statistics of the batch), nor where only the
-    user's forward= knows how to take a batch apart. Cost: two forward passes.
-    """
-    count = objective.sequence_shape(batch)[0]
-    leaves = objective.leaves(partition, theta, ())
-
-    def outputs(part: Batch) -> Tensor:
-        with torch.no_grad():
-            return with_parameters(objective.model, leaves, lambda: outputs_of(objective, part, autocast))
-
-    with watched(objective.model, autocast):
-        while count > 1:
-            half = count // 2
-            try:
-                whole = outputs(batch)
-                halves = torch.cat(
-                    [outputs(objective.cut(batch, *ends)) for ends in ((0, half), (half, count))]
-                )
-            except (RuntimeError, MemoryError, UserError, ValueError, IndexError) as error:
-                if not is_out_of_memory(error):
-                    return False
-            else:
-                allowed = torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
-                return halves.shape == whole.shape and bool((halves - whole).abs().max() <= allowed)
-            # Not even without a graph: half of the sequences tell the same.
-            batch, count = objective.cut(batch, 0, half), half
-    return True

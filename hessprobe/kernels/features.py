@@ -60,7 +60,7 @@ def linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, width: int) 
 
 
 def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, shared: object, width: int) -> Pieces:
-    """transformers' Conv1D, a linear layer with its weight (in, out)."""
+    """Transformers' Conv1D, a linear layer with its weight (in, out)."""
     yield from linear(module, g, a, shared, width)
 
 

@@ -23,7 +23,7 @@ from hessprobe.kernels.pairs import QUANTITIES, freedom_of, jackknife, pair_norm
 from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.sketches import Draws
 from hessprobe.kernels.stream import DEFAULT_MEMORY
-from hessprobe.kernels.verification import tokens_of, verified_plan
+from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
@@ -263,8 +263,7 @@ def layer_kernels(
     if rounds < 1:
         raise UserError(f"rounds {rounds}: layer kernels need at least 1")
     listed = objective.micro_batches(batches)
-    tokens = [tokens_of(objective, batch) for batch in listed]
-    positions = [objective.sequence_shape(batch)[1] for batch in listed]
+    tokens, positions = listed.sequence_weights, [length for _, length in listed.shapes]
     found = gathered(
         objective,
         listed,

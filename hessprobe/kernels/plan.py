@@ -42,7 +42,7 @@ class Plan:
     def routes(self) -> dict[str, str]:
         """The way of each parameter, by name."""
         fast = {name: tap.path.name for tap in self.taps for name in tap.names.values()}
-        return {**fast, **{name: self.how for name in self.fallback}}
+        return {**fast, **dict.fromkeys(self.fallback, self.how)}
 
 
 def first_plan(objective: Objective, partition: Partition) -> Plan:

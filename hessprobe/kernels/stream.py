@@ -8,18 +8,20 @@ together is left to another sweep over the same passes, so that no pair is ever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.kernels.features import Piece
 from hessprobe.kernels.grams import Grams, Held
 from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.passes import Seen, forward_and_backward
 from hessprobe.kernels.plan import MASKED, Plan, Tap
 from hessprobe.kernels.sequence_gradients import Stretch, outputs_of, sequence_gradients, watched, within
-from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.micro_batches import MicroBatches
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import is_sharded
 
@@ -73,7 +75,7 @@ class Stream:
         self.to_host = to_host and first.device.type != "cpu"
         self.gradients = 0.0
 
-    def run(self, batches: Sequence[Batch], rounds: int, cotangents: Cotangents) -> Grams:
+    def run(self, batches: MicroBatches, rounds: int, cotangents: Cotangents) -> Grams:
         """Returns kernels and alignments for sketches m = (micro-batch, round, sequence), in that order.
 
         Args:
@@ -83,9 +85,8 @@ class Stream:
             NotOneCall: a tap that some batch calls otherwise than once.
         """
         self.batches, self.rounds, self.cotangents = batches, rounds, cotangents
-        shapes = [self.objective.sequence_shape(batch) for batch in batches]
-        self.sequences = [count for count, _ in shapes]
-        self.places = [count * positions for count, positions in shapes]
+        self.sequences = batches.counts
+        self.places = [count * positions for count, positions in batches.shapes]
         processes = self.objective.processes
         everyone = processes.gathered(self.sequences)
         self.several = max(len(sequences) for sequences in everyone) > 1
@@ -162,7 +163,7 @@ class Stream:
             among=[*[0] * (self.passes[number] - count), *range(count)],  # what is repeated is overwritten
         )
         backward = self.rounds * (count if self.plan.how == MASKED else 1)
-        self.gradients += self.share(number) * (1 + 2 * backward) / 3
+        self.gradients += self.share(number) * cost.passes(1, 2 * backward)
 
 
 class _Sweep:
@@ -238,13 +239,13 @@ class _Sweep:
                 mine.inputs[-1] = kept[key]
         here = len(self.taps) / max(1, len(stream.plan.taps))
         backward = stream.rounds * ((1 + here) if taps else 0)  # activations' whole, weights' for these taps
-        stream.gradients += stream.share(number) * (1 + backward) / 3
+        stream.gradients += stream.share(number) * cost.passes(1, backward)
         return drawn
 
     def _choose(self, seen: Mapping[int, Seen]) -> None:
         """Settles which taps this sweep takes: in order, those that still fit, and one at least."""
         stream = self.stream
-        if stream.to_host or not stream.several and stream.rounds == 1:
+        if stream.to_host or (not stream.several and stream.rounds == 1):
             return  # each gradient is used as it arrives, or there is room
         scale = sum(stream.places) / stream.places[0]
         mine = [seen[id(tap)] for tap in self.taps]

@@ -18,6 +18,7 @@ from hessprobe.kernels.stream import Cotangents, Stream
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.machine.processes import Processes
 from hessprobe.problem.batches import tensors_of
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.partition import Partition
@@ -48,16 +49,17 @@ def verified_plan(
         objective.processes,
         objective.alone,
     )  # the proof is little work: everyone makes it whole
-    batch = max(objective.micro_batches(batches), key=lambda b: float(tokens_of(objective, b).max()))
-    count, _ = objective.sequence_shape(batch)
-    chosen = int(tokens_of(objective, batch).argmax())
+    listed = objective.micro_batches(batches)
+    longest = max(range(len(listed)), key=lambda i: float(listed.sequence_weights[i].max()))
+    batch, count = listed[longest], listed.counts[longest]
+    chosen = int(listed.sequence_weights[longest].argmax())
     theta = _shaken(objective, partition, parameters)
 
     def attempt(division: int) -> Plan:
         size = max(min(2, count), count // division)
         start = min(chosen, count - size)
         part = batch if size == count else objective.cut(batch, start, start + size)
-        return _verified(objective, part, partition, theta, chosen - start)
+        return _verified(objective, listed.parted([part]), partition, theta, chosen - start)
 
     refusal = (
         f"out of memory while the ways to {partition.size:,} parameters' gradients were tried on 2 sequences: measure "
@@ -82,22 +84,16 @@ def _agreed(plan: Plan, processes: Processes) -> Plan:
     return Plan(taps=kept, fallback=tuple(sorted(rest)), how=ONE_SEQUENCE if one_by_one else MASKED)
 
 
-def tokens_of(objective: Objective, batch: Batch) -> Tensor:
-    """Returns the tokens with a target of each sequence (b,), or what the loss weighs them by, where it weighs them."""
-    weights = objective.loss_function.weights(objective.targets(batch))
-    return weights.view(objective.sequence_shape(batch)).sum(1)
-
-
 def _verified(
     objective: Objective,
-    batch: Batch,
+    batches: MicroBatches,
     partition: Partition,
     theta: Mapping[str, Tensor] | None,
     chosen: int,
 ) -> Plan:
-    """Returns the plan that holds for this sequence of the batch."""
-    plan = first_plan(objective, partition)
-    count, positions = objective.sequence_shape(batch)
+    """Returns the plan that holds for this sequence of the one batch."""
+    plan, batch = first_plan(objective, partition), batches[0]
+    count, positions = batches.shapes[0]
     valid = objective.loss_function.valid(objective.targets(batch)).view(count, positions)
 
     def one_sequence(number: int, r: int, z: Tensor, targets: Tensor) -> Tensor:
@@ -112,7 +108,7 @@ def _verified(
         taps_alone = Plan(taps=plan.taps, fallback=())
         stream = Stream(objective, partition, taps_alone, theta=theta, groups=numbers)
         try:
-            kernel = stream.run([batch], 1, one_sequence).kernel
+            kernel = stream.run(batches, 1, one_sequence).kernel
             break
         except NotOneCall as refused:
             plan = without(plan, {id(refused.tap)})

@@ -1,1 +1,1 @@
-"""Processes, devices and memory."""
+"""Processes, devices, memory and random numbers."""

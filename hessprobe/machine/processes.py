@@ -10,7 +10,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from hessprobe.errors import RunFailed, UserError
 from hessprobe.machine.memory import is_out_of_memory
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 _DEEPEST = 2**20  # regions within regions that a word can tell apart
 
 
@@ -241,3 +243,23 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def together(
+    processes_of: Callable[..., Processes],
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Makes all of a function a region of `Processes.together`: what raises in one process raises in all.
+
+    Args:
+        processes_of: the function's own arguments -> the processes that call it.
+    """
+
+    def decorated(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @wraps(function)
+        def entered(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            with processes_of(*args, **kwargs).together():
+                return function(*args, **kwargs)
+
+        return entered
+
+    return decorated

@@ -1,39 +1,29 @@
-"""Which part of a training step's batch a probe reads, and where it lies: on the model's device, its first sequences."""
+"""Which part of a training step's batch a probe reads: its first sequences."""
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 import torch
 
 from hessprobe.errors import UserError
 from hessprobe.problem.batches import mapped
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 
 
-def placed(batch: Any, device: torch.device) -> Any:
-    """Returns a batch, or a list of micro-batches, with its tensors on the device; detached, and else as it is."""
-    return mapped(batch, lambda x: x.detach().to(device))
-
-
-def first_sequences(objective: Objective, batches: list[Batch], limit: int) -> list[Batch]:
+def first_sequences(batches: MicroBatches, limit: int) -> MicroBatches:
     """Returns the first sequences of the micro-batches, at most `limit` of them.
 
     Raises:
         UserError: a batch that holds more cannot be cut.
     """
-    found, left = [], limit
-    for batch in batches:
-        count = objective.sequences(batch)
-        if left > 0:
-            found.append(batch if count <= left else _first(objective, batch, left, count))
-        left -= count
-    return found
+    return batches.between(0, limit, lambda number, _, high: _first(batches, number, high))
 
 
-def _first(objective: Objective, batch: Batch, left: int, count: int) -> Batch:
+def _first(batches: MicroBatches, number: int, left: int) -> Batch:
     """Returns a batch's first sequences, whose targets are the whole's first: no pass is made to see it."""
+    objective, batch, count = batches.objective, batches[number], batches.counts[number]
     if objective.splits is not False:
         with suppress(RuntimeError, ValueError, TypeError, IndexError):  # of a targets= that wants the whole
             part, labels = objective.cut(batch, 0, left), objective.labels(batch)[:left]
@@ -48,9 +38,5 @@ def _first(objective: Objective, batch: Batch, left: int, count: int) -> Batch:
 
 def own_sequences(objective: Objective, batch: Batch | list[Batch], limit: int) -> list[Batch]:
     """Returns what one of several processes sends the others: its first sequences, in memory of their own on the CPU."""
-    held = [
-        own for own in objective.listed(batch) if objective.sequences(own)
-    ]  # a process may have had nothing to read
-    return mapped(
-        first_sequences(objective, held, limit), lambda x: x.detach().to("cpu", copy=True).contiguous()
-    )
+    given = objective.counted(batch)  # a process may have had nothing to read
+    return mapped(list(first_sequences(given, limit)), lambda x: x.detach().to("cpu", copy=True).contiguous())

@@ -13,6 +13,7 @@ import torch
 
 from hessprobe.instruments.instrument import loaded
 from hessprobe.instruments.registry import instrument_named
+from hessprobe.instruments.row_variables import CHECK_VARIABLES
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.machine.devices import peak_memory, reset_peak_memory
 from hessprobe.machine.processes import ProcessLost
@@ -20,7 +21,7 @@ from hessprobe.measuring.failures import reason_of
 from hessprobe.measuring.schedule import Every, Schedule
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
-from hessprobe.schema.table import CHECK_VARIABLES, Table
+from hessprobe.schema.table import Table
 
 CHECKED = tuple(variable.name for variable in CHECK_VARIABLES)
 

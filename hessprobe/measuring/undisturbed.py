@@ -15,8 +15,10 @@ from hessprobe.problem.module_state import ModuleState
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts back, when left: the random states of torch, numpy and Python, gradients, train and eval modes, and what
-    the modules keep between forward passes, in buffers and plain attributes.
+    """Puts back, when left, everything that a measurement could change.
+
+    That is the random states of torch, numpy and Python, gradients, train and eval modes, and what the modules keep between
+    forward passes, in buffers and plain attributes.
 
     Inside, no gradient is set (a backward pass then adds to none of the user's), gradients can be taken although the
     caller may have switched them off, and compiled parts run eagerly, so that they are not compiled anew for shapes or
@@ -26,7 +28,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     gradients = [(p, p.grad) for p in model.parameters()]
     state = ModuleState(model, copied=None)
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     for p, _ in gradients:
         p.grad = None
@@ -41,7 +43,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
         for p, gradient in gradients:
             p.grad = gradient
         for module, mode in modes.items():

@@ -114,10 +114,11 @@ class Attention(nn.Module):
         # (b, t, d) -> (b, h, t, d / h)
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for z in (q, k, self.v(x)))
         q, k = rotate(q, rotation), rotate(k, rotation)
-        if self.path == "math":
-            mixed = causal_attention(q, k, v)
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = (
+            causal_attention(q, k, v)
+            if self.path == "math"
+            else F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        )
         return self.out(mixed.transpose(-3, -2).flatten(-2))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -11,11 +10,13 @@ from torch import Tensor
 
 from hessprobe.curvature.diagonal import sampled_diagonal
 from hessprobe.errors import RunFailed, UserError, unknown_name
-from hessprobe.machine.processes import ProcessLost
+from hessprobe.machine.processes import ProcessLost, together
+from hessprobe.machine.seeds import generator_of
 from hessprobe.optimization.inner_solver import REFRESH, SOLVERS, FirstOrder, hidden_matrices, refresh_of
 from hessprobe.optimization.kfac import DAMPING, KFAC, TRUST
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.schedule import learning_rate_factor
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
@@ -101,6 +102,7 @@ class FirstOrderOptimizer:
                 weight_decay=weight_decay,
             )
 
+    @together(lambda self, *_, **__: self.objective.processes)
     def step(self, batches: list[Batch], line_search_batches: list[Batch] | None = None) -> StepReport:
         """Takes one outer step; line-search data is not read.
 
@@ -110,15 +112,12 @@ class FirstOrderOptimizer:
             UserError: no minibatch.
             PeerFailed, ProcessLost: of several processes another one failed, or died (see Processes.together).
         """
-        with self.objective.processes.together():
-            return self._step(batches)
-
-    def _step(self, batches: list[Batch]) -> StepReport:
         if not batches:
             raise UserError("an optimizer step needs at least one minibatch")
         before = self.partition.vector(self.objective.model)
-        groups = [batches] if self.accumulate else [[batch] for batch in batches]
-        losses, norm, cost, outcome = [], math.nan, float(len(batches)), "accepted"
+        listed = self.objective.micro_batches(batches)
+        groups = [listed] if self.accumulate else [listed[i : i + 1] for i in range(len(listed))]
+        losses, norm, cost, outcome = [], math.nan, float(len(listed)), "accepted"
         for i, group in enumerate(groups):
             loss, gradient = self.objective.gradient(group, self.partition)
             losses.append(float(loss))
@@ -144,7 +143,7 @@ class FirstOrderOptimizer:
             gradient_norm=norm,
             update_norm=float((after - before).norm()),
             inner_loss=tuple(losses),
-            tokens=self.objective.tokens(batches),
+            tokens=listed.tokens,
             gradient_equivalents=cost,
         )
 
@@ -162,7 +161,7 @@ class FirstOrderOptimizer:
             inner_steps=inner_steps,
         )
 
-    def _take(self, batches: list[Batch], gradient: Tensor, rate: float) -> tuple[float, float]:
+    def _take(self, batches: MicroBatches, gradient: Tensor, rate: float) -> tuple[float, float]:
         """Takes one step; returns the gradient's norm and the gradient-equivalents spent on curvature."""
         gradients, cost, diagonal = self.partition.unflatten(gradient), 0.0, None
         sampled = batches[: self.curvature_minibatches]
@@ -181,8 +180,7 @@ class FirstOrderOptimizer:
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """Returns a generator that depends on the seed and the number of steps taken alone."""
-        key = hashlib.sha256(f"{self.seed}/labels/{self.taken}".encode()).digest()[:8]
-        return torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+        return generator_of(self.seed, "labels", self.taken, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the clock and the optimizer's state, for a checkpoint."""

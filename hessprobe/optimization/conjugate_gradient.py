@@ -1,5 +1,7 @@
-"""Solves A x = b for a curvature matrix known by its action: conjugate gradients, one Krylov space per right-hand
-side (Hestenes, Stiefel 1952), or one shared by all (block CG: O'Leary 1980, in Dubrulle's QR form, ETNA 12, 2001).
+"""Solves A x = b for a curvature matrix known by its action.
+
+Conjugate gradients build one Krylov space per right-hand side (Hestenes, Stiefel 1952), or one shared by all (block CG:
+O'Leary 1980, in Dubrulle's QR form, ETNA 12, 2001).
 
 Layerwise, full and everything between are one solver: A restricted to a group of blocks is `blocks=group`.
 """

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessprobe.curvature import cost as cost_of
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.machine.processes import together
 from hessprobe.optimization.group_models import LocalModels
 from hessprobe.optimization.inner_problem import GaussNewtonSettings, groups_of
 from hessprobe.optimization.inner_solve import (
@@ -29,6 +31,7 @@ from hessprobe.optimization.line_search import search
 from hessprobe.optimization.local_model import predicted_decrease
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.schedule import learning_rate_factors
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition, unwrapped
 
@@ -120,6 +123,7 @@ class GaussNewton:
                 for names in self.local.groups
             ]
 
+    @together(lambda self, *_, **__: self.objective.processes)
     def step(
         self, batches: Batch | list[Batch], line_search_batches: Batch | list[Batch] | None = None
     ) -> StepReport:
@@ -144,12 +148,6 @@ class GaussNewton:
             UserError: no minibatch, or none with a target.
             PeerFailed, ProcessLost: of several processes another one failed, or died (see Processes.together).
         """
-        with self.objective.processes.together():
-            return self._step(batches, line_search_batches)
-
-    def _step(
-        self, batches: Batch | list[Batch], line_search_batches: Batch | list[Batch] | None
-    ) -> StepReport:
         listed = self._listed(batches)
         judged = listed if line_search_batches is None else self._listed(line_search_batches)
         theta = self.partition.vector(self.objective.model)
@@ -159,7 +157,7 @@ class GaussNewton:
         direction = solution.delta if solution.finite else torch.zeros_like(theta)
         grid = self.grid if solution.finite else ()
         found = search(self.objective, self.partition, theta, direction, judged, grid)
-        cost = solution.cost + (len(grid) + 1) / 3 * len(judged)  # a forward pass is a third of a gradient
+        cost = solution.cost + cost_of.line_search(len(grid)) * len(judged)
         move = found.step_size * direction
         promised = 0.0 if self.settings.predict else math.nan
         if found.step_size:
@@ -187,21 +185,20 @@ class GaussNewton:
             inner_loss=solution.losses,
             inner_iterations=solution.iterations,
             inner_residual=solution.residual,
-            tokens=self.objective.tokens(read),
+            tokens=read.tokens,
             line_search_tokens=0 if line_search_batches is None else found.tokens,
             gradient_equivalents=cost,
         )
 
-    def _listed(self, batches: Batch | list[Batch]) -> list[Batch]:
+    def _listed(self, batches: Batch | list[Batch]) -> MicroBatches:
         """Returns the minibatches that carry a target; one without takes no part."""
         if isinstance(batches, list) and not batches:
             raise UserError(
                 "a Gauss-Newton step needs at least one minibatch for the solve and one for the search"
             )
-        listed = self.objective.micro_batches(batches)
-        return [batch for batch in listed if self.objective.tokens(batch)]
+        return self.objective.micro_batches(batches).with_targets
 
-    def _solve(self, theta: Tensor, batches: list[Batch], attempt: int) -> InnerSolution:
+    def _solve(self, theta: Tensor, batches: MicroBatches, attempt: int) -> InnerSolution:
         """Solves the inner problem; every attempt but the first starts at theta and goes less far."""
         settings = self.settings
         if attempt:

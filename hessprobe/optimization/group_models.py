@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.curvature.linearisation import Linearisation, NotLinearisable
 from hessprobe.errors import UserError
 from hessprobe.machine.memory import is_out_of_memory
@@ -23,6 +24,7 @@ from hessprobe.optimization.local_model import (
     local_gradient,
 )
 from hessprobe.problem.measuring import measuring
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 
 
@@ -67,9 +69,9 @@ class LocalModels:
     def cost(self) -> float:
         """Gradients that `gradients` costs, by operation count, for groups of equal work."""
         k = len(self.groups)
-        return (k + 6) / 3 if self.engine == "shared" else k * product_cost(k)
+        return cost.linearised_gradients(k) if self.engine == "shared" else k * cost.dual_pass(k)
 
-    def gradients(self, batch: Batch, theta: Tensors, delta: Tensors) -> list[LocalGradient]:
+    def gradients(self, batch: Batch | MicroBatches, theta: Tensors, delta: Tensors) -> list[LocalGradient]:
         """Returns every group's model at its part of delta, on one minibatch, all linearised at theta.
 
         Args:
@@ -80,7 +82,8 @@ class LocalModels:
             UserError: an unknown model of the loss, a minibatch without a target, or a network that no engine can
                 differentiate.
         """
-        pieces, weight = self.objective.own_pieces(batch), self.objective.weight(batch)
+        minibatch = self.objective.micro_batches(batch)
+        pieces, weight = self.objective.own_pieces(minibatch), minibatch.weight
         # Nothing in it waits for another process: which engine is tried is each one's own business.
         own = self._by_an_engine(pieces, weight, theta, delta)
         whole = self._total(own) if self.objective.processes.count > 1 else own
@@ -163,14 +166,6 @@ class LocalModels:
             )
             for value, one in zip(sums, own, strict=True)
         ]
-
-
-def product_cost(groups: int) -> float:
-    """Returns the gradients that one group's dual and reverse pass costs: the mean over groups of equal work.
-
-    Torch multiplies by the zero tangents of a later layer's matrices too: 1 forward, not 1/2, for a group in the middle.
-    """
-    return 5 / 6 * (1 + 1 / groups)
 
 
 def _nothing(theta: Tensors, names: Names) -> LocalGradient:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hessprobe.curvature.cost import dual_pass
 from hessprobe.curvature.gauss_newton import GaussNewton as Curvature
 from hessprobe.optimization.conjugate_gradient import INDEFINITE, NOT_FINITE, conjugate_gradient
-from hessprobe.optimization.group_models import LocalModels, product_cost
+from hessprobe.optimization.group_models import LocalModels
 from hessprobe.optimization.inner_problem import Group
 from hessprobe.optimization.inner_solver import FirstOrder
-from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.micro_batches import MicroBatches
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 
 DIVERGED = "diverged: the residual grew"
@@ -83,7 +85,7 @@ def until_sound(solve: Callable[[int], InnerSolution], setting: Callable[[int], 
 
 def first_order_solution(
     local: LocalModels,
-    batches: Sequence[Batch],
+    batches: MicroBatches,
     partition: Partition,
     theta: Tensor,
     inner: Mapping[str, Tensor],
@@ -99,12 +101,13 @@ def first_order_solution(
     Cost: (K + 6) / 3 gradients a step for K groups, 5/3 for one.
     """
     point = partition.unflatten(theta)
+    minibatches = [batches[i : i + 1] for i in range(len(batches))]
     losses: list[float] = []
     first = math.nan
     finite = True
     for i, rate in enumerate(rates):
         delta = {name: x - point[name] for name, x in inner.items()}
-        found = local.gradients(batches[i % len(batches)], point, delta)
+        found = local.gradients(minibatches[i % len(batches)], point, delta)
         norms = [solver.step(f.gradient, rate, clip) for solver, f in zip(solvers, found, strict=True)]
         losses.append(sum(f.value for f in found) / len(found))
         norm = math.sqrt(sum(n**2 for n in norms))
@@ -126,7 +129,7 @@ def first_order_solution(
 
 def conjugate_gradient_solution(
     objective: Objective,
-    batches: list[Batch],
+    batches: MicroBatches,
     partition: Partition,
     groups: Sequence[Group],
     theta: Tensor,
@@ -181,7 +184,7 @@ def conjugate_gradient_solution(
         losses=tuple(float(loss) + sum(column) / len(groups) for column in zip(*values, strict=True)),
         gradient_norm=norm,
         iterations=most,
-        cost=len(batches) * (1 + products * product_cost(len(groups))),
+        cost=len(batches) * (1 + products * dual_pass(len(groups))),
         residual=math.sqrt(squares) / norm if norm else math.nan,
         trouble=NOT_FINITE if not finite or NOT_FINITE in troubles else next(iter(troubles), ""),
     )

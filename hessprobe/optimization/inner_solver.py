@@ -158,7 +158,7 @@ class FirstOrder:
         device = next(iter(self.parameters.values())).device
         # The inverse root starts from a draw of torch's global generator: lend it one, and put the user's back.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(taken)
+            torch.manual_seed(taken)  # noqa: TID251
             optimizer.step()
 
     def _sophia_step(

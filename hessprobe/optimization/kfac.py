@@ -9,7 +9,7 @@ token, to second order: bound = min(1, sqrt(trust / (1/2 d.(K + damping) d))); f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class KFAC:
         self.rest: torch.optim.Optimizer | None = None
         self.steps = 0
 
-    def refresh(self, batches: list[Batch], generator: torch.Generator) -> float:
+    def refresh(self, batches: Batch | Sequence[Batch], generator: torch.Generator) -> float:
         """Builds the factors anew at the present parameters, and returns what that cost in gradients of a minibatch.
 
         Args:
@@ -87,12 +87,13 @@ class KFAC:
         """
         from hessprobe.curvature.kronecker import kronecker_factors  # curvlinops: only who asks for it pays
 
-        pieces = [piece for batch in batches for piece in self.objective.pieces(batch)]
+        listed = self.objective.micro_batches(batches)
+        pieces = listed.parted([piece for batch in listed for piece in self.objective.pieces(batch)])
         factors = kronecker_factors(
             self.objective, pieces, self.partition, kind=self.kind, generator=generator
         )
         self._take(factors)
-        return factors.gradient_equivalents * len(batches) / len(pieces)
+        return factors.gradient_equivalents * len(listed) / len(pieces)
 
     def _take(self, factors: KroneckerFactors) -> None:
         self.factors = factors

@@ -7,6 +7,7 @@ alpha = 0 is a candidate too, so a step that only harms is rejected, and the rea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,21 +57,21 @@ def search(
     partition: Partition,
     theta: Tensor,
     direction: Tensor,
-    batches: list[Batch],
+    batches: Batch | Sequence[Batch],
     grid: tuple[float, ...],
 ) -> LineSearch:
     """Returns the losses at theta + alpha * direction for alpha in the grid, and the best.
 
     Cost: (len(grid) + 1) forward passes over the batches, a third of a gradient each.
     """
-    tokens = objective.tokens(batches)
+    listed = objective.micro_batches(batches)
     found: dict[float, float] = {}
     with measuring(objective.model, forward_mode=False), torch.no_grad():
         for alpha in (0.0, *grid):
             parameters = partition.unflatten(theta + alpha * direction)
-            found[alpha] = float(objective.loss(batches, parameters))
+            found[alpha] = float(objective.loss(listed, parameters))
     start = found.pop(0.0)
     finite = {alpha: loss for alpha, loss in found.items() if math.isfinite(loss)}
     best = min(finite, key=lambda alpha: finite[alpha], default=0.0)
     improved = best in finite and finite[best] < start
-    return LineSearch(step_size=best if improved else 0.0, losses=found, start=start, tokens=tokens)
+    return LineSearch(step_size=best if improved else 0.0, losses=found, start=start, tokens=listed.tokens)

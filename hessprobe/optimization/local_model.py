@@ -7,7 +7,7 @@ Damping adds mu |delta|^2 / 2 to either, and mu delta to its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,18 +76,18 @@ def local_gradient(
 
 
 def predicted_decrease(
-    objective: Objective, batches: list[Batch], theta: Tensors, delta: Tensors, *, model: str
+    objective: Objective, batches: Batch | Sequence[Batch], theta: Tensors, delta: Tensors, *, model: str
 ) -> float:
     """Returns model(0) - model(delta), undamped, in nats per token over the batches. Cost: 1 gradient (a dual pass)."""
-    total = 0.0
+    total, listed = 0.0, objective.micro_batches(batches)
     with measuring(objective.model):
-        for piece in objective.own_pieces(batches):
+        for piece in objective.own_pieces(listed):
             z, (jd,) = linearised(objective, piece, theta, delta, [tuple(theta)])
             targets = objective.targets(piece)
             start = objective.loss_function.value(z, targets)
             total += float(start - expansion(objective.loss_function, z, targets, model)(jd)[0])
     (whole,) = objective.processes.total(torch.tensor(total, dtype=torch.float64))
-    return float(whole) / objective.weight(batches)
+    return float(whole) / listed.weight
 
 
 def added(one: LocalGradient, other: LocalGradient) -> LocalGradient:

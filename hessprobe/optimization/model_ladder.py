@@ -63,7 +63,7 @@ class Ladder:
 
 def model_ladder(
     objective: Objective,
-    batches: Sequence[Batch],
+    batches: Batch | Sequence[Batch],
     partition: Partition,
     direction: Tensor,
     alphas: Sequence[float] = (),
@@ -83,10 +83,10 @@ def model_ladder(
     Cost: 1 gradient (a dual pass without a way back), and a third for each step length.
     """
     theta, d = partition.unflatten(parameters.detach()), partition.unflatten(direction)
-    count = sum(objective.sequence_shape(batch)[0] for batch in batches)
-    found = torch.zeros(count, 3 + 2 * len(alphas), dtype=torch.float64, device=parameters.device)
+    listed = objective.micro_batches(batches)
+    found = torch.zeros(listed.sequences, 3 + 2 * len(alphas), dtype=torch.float64, device=parameters.device)
     with measuring(objective.model):
-        for own in objective.share(list(batches)):
+        for own in objective.share(listed):
             z, (jd,) = linearised(objective, own.batch, theta, d, [partition.names])
             with torch.no_grad():
                 there = [

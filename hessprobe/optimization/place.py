@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessprobe.curvature.diagonal import sampled_diagonal
 from hessprobe.curvature.kronecker_factors import KroneckerFactors
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
@@ -32,15 +33,15 @@ class Place:
     objective: Objective
     partition: Partition
     parameters: Tensor
-    batches: list[Batch]
+    batches: Batch | Sequence[Batch]
     gradient: Tensor
 
     @property
     def named(self) -> dict[str, Tensor]:
-        """theta by parameter name, in the partition's order."""
+        """Theta by parameter name, in the partition's order."""
         return self.partition.unflatten(self.parameters)
 
-    def pieces(self, count: int) -> list[list[Batch]]:
+    def pieces(self, count: int) -> list[MicroBatches]:
         """Returns the batches as `count` lists of micro-batches of about one size, each with a target.
 
         Fewer where there are fewer sequences, or where nothing says how to cut a batch (see Objective.split).
@@ -48,7 +49,7 @@ class Place:
         listed = self.objective.micro_batches(self.batches)
         each = -(-count // len(listed))
         cut = [part for batch in listed for part in self.objective.split(batch, each)]
-        read = [part for part in cut if self.objective.tokens(part)]
+        read = listed.parted(cut).with_targets
         return [read[i::count] for i in range(min(count, len(read)))]
 
     def diagonal(self, generator: torch.Generator) -> Tensor:
@@ -62,9 +63,10 @@ class Place:
         Raises:
             UserError: a loss whose Hessian has no known root.
         """
+        listed = self.objective.micro_batches(self.batches)
         drawn = [batch for piece in self.pieces(DIAGONAL_PIECES) for batch in piece] * DIAGONAL_ROUNDS
         return sampled_diagonal(
-            self.objective, drawn, self.partition, generator=generator, parameters=self.named
+            self.objective, listed.parted(drawn), self.partition, generator=generator, parameters=self.named
         )
 
     @property
@@ -80,7 +82,7 @@ class Place:
         """
         from hessprobe.curvature.kronecker import kronecker_factors  # curvlinops: only who asks for it pays
 
-        read = [b for b in self.objective.micro_batches(self.batches) if self.objective.tokens(b)]
+        read = self.objective.micro_batches(self.batches).with_targets
         factors = kronecker_factors(
             self.objective, read, self.partition, kind=kind, generator=generator, parameters=self.named
         )

@@ -69,6 +69,35 @@ def count_of(tensor: Tensor, *, batch_first: bool = True) -> int:
     return tensor.shape[0 if batch_first or tensor.dim() == 1 else 1]
 
 
+def sequences_first(targets: object, *, batch_first: bool) -> Tensor:
+    """Returns what `targets` took out of a batch, with its sequences first.
+
+    Raises:
+        UserError: it is no tensor, or one of no dimension.
+    """
+    if not isinstance(targets, Tensor):
+        raise UserError(
+            f"targets are a {type(targets).__name__}: wanted a tensor, one target for every token; pass forward= and "
+            "targets= to take the batch apart"
+        )
+    count_of(targets)
+    return targets if batch_first or targets.dim() < 2 else targets.transpose(0, 1)
+
+
+def outputs_first(outputs: object, *, batch_first: bool) -> Tensor:
+    """Returns what a model or forward= returned for a batch, with its sequences first.
+
+    Raises:
+        UserError: it is no tensor.
+    """
+    if not isinstance(outputs, Tensor):
+        raise UserError(
+            f"forward= returned {said(outputs)}: wanted a tensor of outputs, class dimension last; pick it out, as in "
+            "forward=lambda model, batch: model(batch[0])[0] (.logits of an object that has them)"
+        )
+    return outputs if batch_first or outputs.dim() < 2 else outputs.transpose(0, 1)
+
+
 def pieces_of(
     batch: Batch, pieces: int, count: int | None = None, *, batch_first: bool = True
 ) -> list[Batch]:
@@ -238,6 +267,7 @@ def _of_pair(model: nn.Module, batch: Batch) -> Any:
 
 
 def default_targets(batch: Batch) -> Tensor:
+    """Returns a batch's labels, or the second of a pair."""
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise UserError(

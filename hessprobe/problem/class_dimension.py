@@ -7,7 +7,7 @@ second, a linear layer its features last). What neither tells is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,3 +114,21 @@ def _by_module(module: nn.Module, output: Tensor, z: Tensor) -> str | None:
         return made
     moved, place = (output.movedim(1, -1), LAST) if made == SECOND else (output.movedim(-1, 1), SECOND)
     return place if moved.shape == z.shape and torch.equal(moved, z) else None
+
+
+def do_not_fit(outputs: Sequence[int], targets: Tensor, *, batch_first: bool) -> str:
+    """Returns the sentence on outputs and targets (shapes with sequences first) that are not of the same tokens."""
+    z, y = tuple(outputs), tuple(targets.shape)
+    if batch_first:
+        return (
+            f"outputs {z} do not fit targets {y}: wanted one target per token with the class dimension of the outputs "
+            "last, outputs (sequences, positions, classes) and targets (sequences, positions), or (sequences, classes) and "
+            "(sequences,); forward= and targets= say how they come"
+        )
+    z, y = (*z[1::-1], *z[2:]), (*y[1::-1], *y[2:])  # as they came
+    return (
+        f"outputs {z} do not fit targets {y}: with batch_first=False outputs must be (positions, sequences, classes) and "
+        "targets (positions, sequences): where they come flat, give them their shape back in forward= and targets=, as in "
+        "forward=lambda model, batch: model(batch[0]).view(*batch[0].shape, -1), targets=lambda batch: "
+        "batch[1].view_as(batch[0])"
+    )

@@ -8,14 +8,13 @@ with a target, never a mean: the objective divides by the weights of ALL micro-b
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hessprobe.errors import UserError, unknown_name
+from hessprobe.errors import UserError
 from hessprobe.problem.loss_checks import (
     are_log_probabilities,
     check_classes,
@@ -40,20 +39,27 @@ class Loss:
     name: str
     family: str | None = None
     looks_at_outputs = False  # whether `check_outputs` has anything to say
+    real_targets = False  # whether targets are numbers (n, c), as many as outputs, each with a loss
+    mean_over_outputs = False  # whether the mean is over the c outputs of a token too
 
     def check(self, targets: Tensor, classes: int | None = None) -> None:
         """Raises a UserError for targets that this loss cannot be meant for; `classes`: how many outputs a token has."""
+        if self.real_targets:
+            check_real(self.name, targets)
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         """Raises a UserError for outputs (n, c) that this loss cannot be meant for."""
 
     def valid(self, targets: Tensor) -> Tensor:
         """Returns which of the n tokens carry a target, as a boolean (n,)."""
+        if self.real_targets:
+            check_real(self.name, targets)
         return torch.ones(targets.shape[0], dtype=torch.bool, device=targets.device)
 
     def weights(self, targets: Tensor) -> Tensor:
         """Returns what each token adds to the number (n,) by which the mean divides: 1 for a target, unless weighted."""
-        return self.valid(targets)
+        valid = self.valid(targets)
+        return valid * targets.shape[1] if self.mean_over_outputs and targets.dim() > 1 else valid
 
     def hessian_scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns s (n, 1) or (n, c) >= 0: the output Hessian is sqrt(s) (that of the family) sqrt(s)."""
@@ -183,21 +189,12 @@ class SquaredError(Loss):
     """
 
     family = "squared"
+    real_targets = True
 
     def __init__(self, *, mean_over_outputs: bool = False) -> None:
         self.mean_over_outputs = mean_over_outputs
         self.factor = 2.0 if mean_over_outputs else 1.0  # what its Hessian is, times the identity
         self.name = "mean_squared_error" if mean_over_outputs else "squared_error"
-
-    def check(self, targets: Tensor, classes: int | None = None) -> None:
-        check_real(self.name, targets)
-
-    def valid(self, targets: Tensor) -> Tensor:
-        self.check(targets)
-        return super().valid(targets)
-
-    def weights(self, targets: Tensor) -> Tensor:
-        return self.valid(targets) * targets.shape[1] if self.mean_over_outputs else self.valid(targets)
 
     def hessian_scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.factor * super().hessian_scale(outputs, targets)
@@ -224,6 +221,7 @@ class BinaryCrossEntropy(Loss):
     """
 
     family = "logistic"
+    real_targets = mean_over_outputs = True
 
     def __init__(self, weight: Tensor | None = None, pos_weight: Tensor | None = None) -> None:
         for name, given in (("weight", weight), ("pos_weight", pos_weight)):
@@ -236,16 +234,6 @@ class BinaryCrossEntropy(Loss):
         self.pos_weight = None if pos_weight is None else pos_weight.detach()
         said = ["weight"] * (weight is not None) + ["pos_weight"] * (pos_weight is not None)
         self.name = f"binary_cross_entropy ({', '.join(said)})" if said else "binary_cross_entropy"
-
-    def check(self, targets: Tensor, classes: int | None = None) -> None:
-        check_real(self.name, targets)
-
-    def valid(self, targets: Tensor) -> Tensor:
-        self.check(targets)
-        return super().valid(targets)
-
-    def weights(self, targets: Tensor) -> Tensor:
-        return self.valid(targets) * targets.shape[1]
 
     def _factors(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (n, c): what multiplies log(1 - p) and log p, less their signs."""
@@ -298,10 +286,6 @@ class AutogradLoss(Loss):
             return targets != self.ignore_index
         return super().valid(targets)
 
-    def weights(self, targets: Tensor) -> Tensor:
-        valid = self.valid(targets)
-        return valid * targets.shape[1] if self.mean_over_outputs and targets.dim() > 1 else valid
-
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         if are_log_probabilities(outputs) and self.is_linear(outputs, targets):
             raise UserError(linear_in_logarithms(self.name))
@@ -328,48 +312,3 @@ class AutogradLoss(Loss):
             return torch.func.jvp(lambda z: self.gradient(z, targets), (outputs,), (u,))[1]
 
         return torch.func.vmap(along)(vectors) if vectors.dim() == 3 else along(vectors)
-
-
-LOSSES = ("cross_entropy", "squared_error", "mean_squared_error", "binary_cross_entropy")
-
-
-def loss_named(loss: str | Callable[[Tensor, Tensor], Tensor] | Loss, ignore_index: int = -100) -> Loss:
-    """Returns the loss for a name, or for one of torch's losses (a module, a function, a partial), or wraps a function.
-
-    Raises:
-        UserError: a name that is none of the closed forms, one of torch's losses that sums, or a function that needs more
-            than outputs and targets.
-    """
-    if isinstance(loss, Loss):
-        return loss
-    if callable(loss):
-        from hessprobe.problem.torch_losses import torch_loss  # which is made of the closed forms here
-
-        known = torch_loss(loss, ignore_index)
-        if known is not None:
-            return known
-        _check_arguments(loss)
-        return AutogradLoss(loss, ignore_index)
-    if loss == "cross_entropy":
-        return CrossEntropy(ignore_index)
-    if loss in ("squared_error", "mean_squared_error"):
-        return SquaredError(mean_over_outputs=loss == "mean_squared_error")
-    if loss == "binary_cross_entropy":
-        return BinaryCrossEntropy()
-    raise unknown_name("loss", str(loss), [*LOSSES, "a function (outputs, targets) -> losses per token"])
-
-
-def _check_arguments(loss: Callable[..., Tensor]) -> None:
-    try:
-        signature = inspect.signature(loss)
-    except (TypeError, ValueError):  # built in C: nothing to be known before it is called
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        name = getattr(loss, "__name__", type(loss).__name__)
-        raise UserError(
-            f"loss {name}: wanted a function of the outputs (n, c) and the targets (n, ...) and no more, got "
-            f"{name}{signature}: bind what else it takes (functools.partial), or carry it in the targets (targets= of "
-            "the objective)"
-        ) from error

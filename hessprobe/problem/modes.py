@@ -51,7 +51,7 @@ def training_modes(model: nn.Module, only: list[nn.Module] | None = None) -> Ite
 
 def random_states(device: torch.device) -> tuple[object, ...]:
     """Returns the states of the generators that a forward pass may draw from, to be compared."""
-    numpy: tuple[Any, ...] = np.random.get_state(legacy=True)  # pyright: ignore[reportAssignmentType]
+    numpy: tuple[Any, ...] = np.random.get_state(legacy=True)  # noqa: NPY002  # pyright: ignore[reportAssignmentType]
     on_device = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
     drawn = torch.get_rng_state().numpy().tobytes()
     return drawn, on_device, random.getstate(), numpy[1].tobytes(), numpy[2]
@@ -59,9 +59,9 @@ def random_states(device: torch.device) -> tuple[object, ...]:
 
 def reseed(seed: int) -> None:
     """Sets all generators that a forward pass may draw from; the caller puts them back."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # noqa: TID251
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,41 +16,31 @@ from hessprobe.errors import UserError
 from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.problem.batches import (
     Batch,
-    count_of,
     cut,
     default_forward,
     default_targets,
     listed,
-    pieces_of,
+    outputs_first,
     rearranged,
-    said,
+    sequences_first,
 )
-from hessprobe.problem.losses import Loss, loss_named
+from hessprobe.problem.class_dimension import do_not_fit
+from hessprobe.problem.loss_names import loss_named
+from hessprobe.problem.losses import Loss
+from hessprobe.problem.mean_loss import mean_gradient, mean_loss
 from hessprobe.problem.measuring import measuring, with_parameters
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition, unwrapped
 from hessprobe.problem.readings import Readings
 from hessprobe.problem.shares import Share, share_of
-from hessprobe.problem.splitting import agree, do_not_fit
-from hessprobe.problem.swapping import common_dtype
+from hessprobe.problem.splitting import sequences_at_once, split
+from hessprobe.problem.swapping import fresh_leaves
+from hessprobe.problem.trust import Trust
 
-# Positions (tokens) that go through the model at once. They fill any device, and a longer batch is done in pieces, since
-# memory grows with them: a decoder's logits alone take 1 GiB in float32 at a vocabulary of 32,000.
-POSITIONS_AT_ONCE = 8192
-
-
-@dataclass
-class Trust:
-    """What was found, once for a model, of the ways to differentiate it; None where not tried yet.
-
-    Attributes:
-        forward_mode: whether tangents are the transpose of backward passes.
-        second: whether second derivatives by forward mode are symmetric.
-    """
-
-    forward_mode: bool | None = None
-    second: bool | None = None
+Forward = Callable[[nn.Module, Batch], Tensor]
+Batches = Batch | Sequence[Batch]  # one, or micro-batches: as users have them, or MicroBatches
 
 
 class Objective:
@@ -71,6 +60,9 @@ class Objective:
         auxiliary: what the model's own loss has beside the main one, which alone is measured (a mixture of experts' router
             loss): "ignore", or a function (model, batch) -> the addition (0-d), by which the two are compared.
 
+    Attributes:
+        splits: whether a batch is measured in pieces of its sequences (see `split`); None as long as nobody has looked.
+
     A batch is a tuple `(inputs, targets)` (or a DataLoader's list of tensors), or a mapping with "labels", or any tree of
     tensors that `forward` and `targets` take apart. A list of batches stands for their union: micro-batches, weighted by
     their tokens; those without a sequence are left out.
@@ -85,22 +77,18 @@ class Objective:
         model: nn.Module,
         loss: str | Callable[[Tensor, Tensor], Tensor] | Loss = "cross_entropy",
         *,
-        forward: Callable[[nn.Module, Batch], Tensor] | None = None,
+        forward: Forward | None = None,
         targets: Callable[[Batch], Tensor] | None = None,
         ignore_index: int = -100,
         processes: Processes = ALONE,
         batch_first: bool = True,
-        auxiliary: str | Callable[[nn.Module, Batch], Tensor] | None = None,
+        auxiliary: str | Forward | None = None,
     ) -> None:
-        if isinstance(auxiliary, str) and auxiliary != "ignore":
-            raise UserError(
-                f"auxiliary={auxiliary!r}: wanted 'ignore', or a function (model, batch) -> the auxiliary loss that is added"
-            )
         self.model = unwrapped(model)
         self.processes = processes
         self.batch_first = batch_first
         self.auxiliary = auxiliary
-        self._splits: bool | None = None
+        self.splits: bool | None = None
         self._forward = forward or self._default_forward
         self.trust = Trust()
         self._targets = targets or default_targets
@@ -125,76 +113,45 @@ class Objective:
         found.processes = ALONE
         return found
 
-    @property
-    def splits(self) -> bool | None:
-        """Whether a batch is measured in pieces of its sequences (see `split`); None as long as nobody has looked."""
-        return self._splits
-
-    @splits.setter
-    def splits(self, found: bool) -> None:
-        self._splits = found
-
-    def listed(self, batches: Batch | list[Batch]) -> list[Batch]:
-        """Returns micro-batches as a list, one batch as a list of one, as they are; [] for none.
-
-        Raises:
-            UserError: a list that can be read both as a batch and as micro-batches.
-        """
+    def listed(self, batches: Batches) -> list[Batch]:
+        """Returns micro-batches as a list, one batch as a list of one, as they are; [] for none (see batches.listed)."""
         return listed(batches, self._targets, batch_first=self.batch_first)
 
-    def micro_batches(self, batches: Batch | list[Batch]) -> list[Batch]:
-        """Returns the batches as a list, without those of no sequence; raises where none of them has a target.
+    def micro_batches(self, batches: Batches) -> MicroBatches:
+        """Returns the batches as they are worked on, without those of no sequence; what is MicroBatches is kept.
 
         Cost: nothing, but for the first ones: forward passes that tell how labels and outputs meet (see Objective).
-        """
-        found = self.held(batches)
-        for batch in found:
-            self._meet(batch)
-        self.check_targets(found)
-        return found
 
-    def held(self, batches: Batch | list[Batch]) -> list[Batch]:
-        """Returns the batches as a list, without those of no sequence, as they are: nothing is found out of them."""
-        found = self.listed(batches)
+        Raises:
+            UserError: no batch, a target that the loss cannot be meant for, or none at all.
+        """
+        return self.held(batches).checked()
+
+    def held(self, batches: Batches) -> MicroBatches:
+        """Returns the batches without those of no sequence, as they are: nothing is found out of them."""
+        found = self.counted(batches)
         if not found:
             raise UserError("no batch given: wanted a batch or a non-empty list of batches")
-        return [batch for batch in found if self.sequences(batch)]
+        return found if all(found.counts) else found.parted([x for x in found if self.sequences(x)])
 
-    def check_targets(self, batches: list[Batch]) -> None:
-        """Raises a UserError for targets that the loss cannot be meant for, and where none of them is there."""
-        for batch in batches:
-            self.loss_function.check(self.targets(batch))
-        if self.weight(batches) == 0:
-            raise UserError(
-                "no token carries a target: every one is ignored, so loss and curvature are 0/0; pass batches "
-                "with at least one target that is not ignore_index"
-            )
+    def counted(self, batches: Batches) -> MicroBatches:
+        """Returns all batches as they are, to be counted: none is looked at, and there may be none."""
+        if isinstance(batches, MicroBatches):
+            return batches if batches.objective._readings is self._readings else MicroBatches(self, batches)
+        return MicroBatches(self, self.listed(batches))
 
-    def holds_targets(self, batches: Batch | list[Batch]) -> bool:
-        """Tells whether any label is one, shifted or not; nothing is found out of the batches."""
-        labels = [self.labels(batch) for batch in self.listed(batches)]
-        return any(
-            bool(self.loss_function.valid(y.reshape(-1)).any())
-            if not y.is_floating_point()
-            else y.numel() > 0
-            for y in labels
-        )
-
-    def tokens(self, batches: Batch | list[Batch]) -> int:
+    def tokens(self, batches: Batches) -> int:
         """Returns the number of tokens with a target in a batch or a list of micro-batches."""
-        return sum(int(self.loss_function.valid(self.targets(batch)).sum()) for batch in self.listed(batches))
+        return self.counted(batches).tokens
 
-    def weight(self, batches: Batch | list[Batch]) -> float:
-        """Returns what the mean divides by: the number of tokens with a target, but for weighted classes the sum of the
-        weights of the targets' classes, and for means over outputs the number of outputs.
-        """
-        weights = [self.loss_function.weights(self.targets(batch)) for batch in self.listed(batches)]
-        return sum(float(w.double().sum()) if w.is_floating_point() else int(w.sum()) for w in weights)
+    def weight(self, batches: Batches) -> float:
+        """Returns what the mean divides by (see `MicroBatches.weight`)."""
+        return self.counted(batches).weight
 
     def targets(self, batch: Batch) -> Tensor:
         """Returns the batch's targets flattened over its tokens: (n,), or (n, c) for real ones."""
         if not self._readings.met:
-            self._meet(batch)
+            self.meet(batch)
         y = self.labels(batch)
         with without_rules():
             y = self._readings.targets(y)
@@ -206,34 +163,39 @@ class Objective:
 
     def labels(self, batch: Batch) -> Tensor:
         """Returns the batch's targets as they come, sequences first."""
-        y = self._targets(batch)
-        if not isinstance(y, Tensor):
-            raise UserError(
-                f"targets are a {type(y).__name__}: wanted a tensor, one target for every token; pass forward= and targets= "
-                "to take the batch apart"
-            )
         with without_rules():
-            count_of(y)
-            return y if self.batch_first or y.dim() < 2 else y.transpose(0, 1)
+            return sequences_first(self._targets(batch), batch_first=self.batch_first)
 
-    def _meet(self, batch: Batch) -> None:
-        self._check_labels(batch)
-        self._readings.meet(batch, self.labels(batch), *self._asked(batch))
+    def meet(self, batch: Batch) -> None:
+        """Checks a batch's targets and finds out what is still open of how they meet the model's outputs.
+
+        Raises:
+            UserError: targets that the loss cannot be meant for, or a model whose own loss is not known here.
+        """
+        asked = self._asked(batch)
+        self._readings.meet(*asked)
+        if asked[1].is_floating_point():  # where a token's own stand is known now
+            self.loss_function.check(self.targets(batch))
         if self.loss_function.looks_at_outputs and not self._readings.looked:
-            self._readings.looked = True
             one = self.cut(batch, 0, 1) if self.splits else batch
             with measuring(self.model, forward_mode=False), torch.no_grad():
                 z = self.outputs(one)
-            self.loss_function.check_outputs(z, self.targets(one))
+            self._show(z, self.targets(one))
 
-    def _check_labels(self, batch: Batch) -> None:
+    def _show(self, outputs: Tensor, targets: Tensor) -> None:
+        if self.loss_function.looks_at_outputs:
+            self._readings.looked = True
+            self.loss_function.check_outputs(outputs, targets)
+
+    def _asked(self, batch: Batch) -> tuple[Batch, Tensor, Callable[[int], Batch], Forward]:
+        """Returns what Readings asks of a batch, its class labels checked: a model may take no others on a GPU."""
         if not (y := self.labels(batch)).is_floating_point():
             self.loss_function.check(y.reshape(-1))
 
-    def _asked(self, batch: Batch) -> tuple[Callable[[int], Batch], Callable[[nn.Module, Batch], Tensor]]:
-        return lambda count: self.cut(batch, 0, count), lambda _, some: with_parameters(
-            self.model, {}, lambda: self.raw_outputs(some)
-        )
+        def forward(_: nn.Module, some: Batch) -> Tensor:
+            return with_parameters(self.model, {}, lambda: self.raw_outputs(some))
+
+        return batch, y, lambda count: self.cut(batch, 0, count), forward
 
     def look(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Returns `outputs` of a batch, and finds out by the same pass what `micro_batches` asks more passes for.
@@ -243,14 +205,11 @@ class Objective:
         Raises:
             UserError: see `outputs` and `micro_batches`.
         """
-        self._check_labels(batch)
-        y, asked = self.labels(batch), self._asked(batch)
-        raw = with_parameters(self.model, parameters or {}, lambda: self._readings.look(batch, y, *asked))
+        asked = self._asked(batch)
+        raw = with_parameters(self.model, parameters or {}, lambda: self._readings.look(*asked))
         z, targets = self._fitted(raw, batch), self.targets(batch)
         self.loss_function.check(targets, z.shape[1])
-        if self.loss_function.looks_at_outputs:
-            self._readings.looked = True
-            self.loss_function.check_outputs(z, targets)
+        self._show(z, targets)
         return z
 
     @property
@@ -305,20 +264,7 @@ class Objective:
         where sequences of one batch see each other: targets and a model's outputs on pieces are compared once with the
         whole's, of as many sequences as go through it at once. Cost: two forward passes, once.
         """
-        if pieces < 2 or self._splits is False:
-            return [batch]
-        found = self._cut_into(batch, pieces)
-        if len(found) > 1 and self._splits is None:
-            count, positions = self.sequence_shape(batch)
-            some = self.cut(batch, 0, min(count, max(2, sequences_at_once(count, positions))))
-            seen = agree(self, some, self._cut_into(some, pieces))
-            if seen is None:
-                return found  # a head that starts at zero: equal, and still undecided
-            self._splits = seen
-        return found if self._splits or len(found) == 1 else [batch]
-
-    def _cut_into(self, batch: Batch, pieces: int) -> list[Batch]:
-        return pieces_of(batch, pieces, self.sequences(batch), batch_first=self.batch_first)
+        return split(self, batch, pieces)
 
     def pieces(self, batch: Batch) -> list[Batch]:
         """Returns a batch as ones that go through the model at once: of at most POSITIONS_AT_ONCE, or a single sequence.
@@ -328,7 +274,7 @@ class Objective:
         count, positions = self.sequence_shape(batch)
         return self.split(batch, -(-count // sequences_at_once(count, positions)))
 
-    def share(self, batches: Batch | list[Batch]) -> list[Share]:
+    def share(self, batches: Batches) -> list[Share]:
         """Returns what this process runs of micro-batches that all processes know: all of it where it is alone.
 
         Each has about as many of the union's sequences, in their order, and possibly none. A micro-batch that cannot be
@@ -336,7 +282,7 @@ class Objective:
         """
         return share_of(self, self.micro_batches(batches))
 
-    def own_pieces(self, batches: Batch | list[Batch]) -> list[Batch]:
+    def own_pieces(self, batches: Batches) -> list[Batch]:
         """Returns this process's `share` of micro-batches in `pieces`; none where it has no share."""
         return [piece for own in self.share(batches) for piece in self.pieces(own.batch)]
 
@@ -347,7 +293,7 @@ class Objective:
             UserError: outputs and targets do not fit together, or the model returns no tensor of outputs.
         """
         if not self._readings.met:
-            self._meet(batch)
+            self.meet(batch)
         z = with_parameters(self.model, parameters or {}, lambda: self.raw_outputs(batch))
         return self._fitted(z, batch)
 
@@ -363,64 +309,25 @@ class Objective:
                 raise UserError(do_not_fit(came, y, batch_first=self.batch_first))
             return z
 
-    def loss(self, batches: Batch | list[Batch], parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def loss(self, batches: Batches, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Returns the mean loss per token (0-d), differentiable in the parameters but for several processes.
 
         Cost: a forward pass.
         """
-        listed = self.micro_batches(batches)
-        values = []
-        for piece in self.own_pieces(listed):
-            z, y = self.outputs(piece, parameters), self.targets(piece)
-            self.loss_function.check(y, z.shape[1])
-            values.append(self.loss_function.value(z, y))
-        if self.processes.count == 1:
-            return torch.stack(values).sum() / self.weight(listed)
-        device = next(self.model.parameters()).device
-        whole = torch.zeros((), dtype=torch.float64, device=device) + sum(v.detach() for v in values)
-        return self.processes.total(whole)[0] / self.weight(listed)
+        return mean_loss(self, self.micro_batches(batches), parameters)
 
     def gradient(
         self,
-        batches: Batch | list[Batch],
+        batches: Batches,
         partition: Partition,
         parameters: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the loss (0-d) and its gradient (p,), both detached. Cost: one gradient."""
-        listed = self.micro_batches(batches)
-        weight = self.weight(listed)
-        with measuring(self.model, forward_mode=False):
-            leaves = self.leaves(partition, parameters)
-            loss = leaves[partition.names[0]].new_zeros(())
-            gradient = None
-
-            def summed(batch: Batch) -> tuple[Tensor, Tensor]:
-                z, y = self.outputs(batch, leaves), self.targets(batch)
-                fixed = z.detach()
-                self.loss_function.check(y, z.shape[1])
-                part = self.loss_function.value(fixed, y).detach() / weight
-                return part, pull_back(
-                    z, leaves, partition.names, self.loss_function.gradient(fixed, y) / weight
-                )
-
-            for piece in self.own_pieces(listed):
-                part, pulled = with_parameters(self.model, leaves, lambda piece=piece: summed(piece))
-                loss = loss + part
-                gradient = pulled if gradient is None else gradient.add_(pulled)
-            if gradient is None:  # fewer sequences than processes
-                gradient = partition.flatten({n: torch.zeros_like(x) for n, x in leaves.items()}).detach()
-        loss, gradient = self.processes.total(loss, gradient)
-        return loss, gradient
+        return mean_gradient(self, self.micro_batches(batches), partition, parameters)
 
     def raw_outputs(self, batch: Batch) -> Tensor:
         """Returns what the model returns for a batch at its own parameters, sequences first, else as it comes."""
-        z = self._forward(self.model, batch)
-        if not isinstance(z, Tensor):
-            raise UserError(
-                f"forward= returned {said(z)}: wanted a tensor of outputs, class dimension last; pick it out, as in "
-                "forward=lambda model, batch: model(batch[0])[0] (.logits of an object that has them)"
-            )
-        return z if self.batch_first or z.dim() < 2 else z.transpose(0, 1)
+        return outputs_first(self._forward(self.model, batch), batch_first=self.batch_first)
 
     def _default_forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return default_forward(model, batch, self._readings.feed)
@@ -436,28 +343,4 @@ class Objective:
         Where the model's own are of several precisions, all leaves have the highest of them.
         """
         source = parameters if parameters is not None else present(self.model, partition.shapes)
-        wanted = set(partition.names if names is None else names)
-        with without_rules():
-            dtype = common_dtype(source.values())
-            return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in partition.names}
-
-
-def sequences_at_once(count: int, positions: int) -> int:
-    """Returns how many of `count` sequences of so many positions each go through the model together: even pieces."""
-    most = max(1, POSITIONS_AT_ONCE // max(1, positions))
-    return -(-count // -(-count // most)) if count else 1
-
-
-def pull_back(
-    outputs: Tensor, leaves: Mapping[str, Tensor], names: Sequence[str], cotangent: Tensor
-) -> Tensor:
-    """Returns J^T cotangent for the named leaves as one vector; a leaf the outputs do not depend on gives zeros."""
-    inputs = [leaves[name] for name in names]
-    grads = torch.autograd.grad(outputs, inputs, cotangent, allow_unused=True)
-    with without_rules():
-        return torch.cat(
-            [
-                (torch.zeros_like(x) if g is None else g).reshape(-1)
-                for x, g in zip(inputs, grads, strict=True)
-            ]
-        )
+        return fresh_leaves(source, partition.names, set(partition.names if names is None else names))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessprobe.errors import UserError
 from hessprobe.problem.batches import Batch
 from hessprobe.problem.class_dimension import LAST, check_known, classes_last, found_place, possible
 from hessprobe.problem.losses import Loss
@@ -51,6 +52,10 @@ class Readings:
         own_counts: bool,
         batch_first: bool,
     ) -> None:
+        if isinstance(auxiliary, str) and auxiliary != "ignore":
+            raise UserError(
+                f"auxiliary={auxiliary!r}: wanted 'ignore', or a function (model, batch) -> the auxiliary loss that is added"
+            )
         self.model, self.auxiliary = model, auxiliary
         self.default, self.own_counts = default, own_counts
         self._given, self._reading = loss, Reading()
@@ -96,15 +101,10 @@ class Readings:
         self.met = True
         if not self.default:
             return
-        positions = labels.shape[1] if labels.dim() > 1 else 1
         if self._asks(batch):
-            count = max(1, min(labels.shape[0], 8192 // max(1, positions)))
-            part = some(count)
-            self._read(part, own_loss(self.model, part))
-        self._meet_probabilities(labels)
-        if self._place_open(labels):
-            self._place = found_place(self.model, forward, some(1), labels[:1])
-            self._places_tried += 1
+            positions = labels.shape[1] if labels.dim() > 1 else 1
+            self._read(some(max(1, min(labels.shape[0], 8192 // max(1, positions)))))
+        self._learn(labels, some, forward)
 
     def look(
         self,
@@ -122,8 +122,7 @@ class Readings:
         """
         self.met, z = True, None
         if self.default and self._asks(batch):
-            own = own_loss(self.model, batch)
-            self._read(batch, own, presume=True)
+            own = self._read(batch, presume=True)
             z = None if own is None else own.logits
             self.presumes = z is not None
         if z is None:
@@ -131,14 +130,27 @@ class Readings:
         elif not self.batch_first and z.dim() > 1:
             z = z.transpose(0, 1)
         if self.default:
-            self._meet_probabilities(labels)
-            if isinstance(z, Tensor) and self._place_open(labels):
-                places = possible(z, labels)
-                self._place = places[0] if len(places) == 1 else None
-                if len(places) == 2:
-                    self._place = found_place(self.model, forward, some(1), labels[:1])
-                self._places_tried += 1
+            self._learn(labels, some, forward, z)
         return z
+
+    def _learn(
+        self,
+        labels: Tensor,
+        some: Callable[[int], Batch],
+        forward: Callable[[nn.Module, Batch], Tensor],
+        outputs: Tensor | None = None,
+    ) -> None:
+        """Finds out where probabilities and classes stand: from outputs where they tell, else by passes."""
+        if labels.is_floating_point() and labels.dim() > 2 and self.loss.family == "softmax":
+            self._probabilities_second = _sums_to_one(labels, 1) and not _sums_to_one(labels, -1)
+        if labels.is_floating_point() or labels.dim() < 2 or self._place or self._places_tried >= TRIES:
+            return
+        places = None if outputs is None else possible(outputs, labels)
+        if places is None or len(places) == 2:
+            self._place = found_place(self.model, forward, some(1), labels[:1])
+        elif places:
+            self._place = places[0]
+        self._places_tried += 1
 
     def agreed(self) -> None:
         """Says that outputs without labels have been seen to be those with them."""
@@ -163,7 +175,8 @@ class Readings:
             and self._labels_tried < TRIES
         )
 
-    def _read(self, batch: Mapping[str, Any], own: OwnLoss | None, *, presume: bool = False) -> None:
+    def _read(self, batch: Mapping[str, Any], *, presume: bool = False) -> OwnLoss | None:
+        own = own_loss(self.model, batch)
         self._reading = read(
             self.model,
             batch,
@@ -174,14 +187,7 @@ class Readings:
             presume=presume,
         )
         self._labels_tried += 1
-
-    def _meet_probabilities(self, labels: Tensor) -> None:
-        if labels.is_floating_point() and labels.dim() > 2 and self.loss.family == "softmax":
-            self._probabilities_second = _sums_to_one(labels, 1) and not _sums_to_one(labels, -1)
-
-    def _place_open(self, labels: Tensor) -> bool:
-        classes = not labels.is_floating_point() and labels.dim() > 1
-        return classes and self._place is None and self._places_tried < TRIES
+        return own
 
     def targets(self, labels: Tensor) -> Tensor:
         """Returns targets (sequences first) with probabilities last."""

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
-from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.batches import Batch, tensors_of
 from hessprobe.problem.losses import AutogradLoss
 from hessprobe.problem.measuring import measuring
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.modes import (
     activation_types,
     batch_statistics,
@@ -32,6 +32,7 @@ from hessprobe.problem.modes import (
 )
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.sequences_apart import check_apart
 from hessprobe.problem.trained_loss import (
     Losses,
     Trained,
@@ -88,7 +89,7 @@ class RowChecks:
 
     def check(
         self,
-        batches: Sequence[Batch],
+        batches: Batch | Sequence[Batch],
         theta: Tensor | None = None,
         trained: Any = None,
         *,
@@ -113,13 +114,14 @@ class RowChecks:
         said = Trained.of(trained)
         mean = nan if said is None else said.mean
         compared = said is not None and before and isfinite(mean)
+        batches = self.objective.held(batches)
         key = _shapes(list(batches))
         passed, bits = self._passed.get(key, (set(), nan))
         if passed and (not compared or "trained" in passed):
             return Checked(loss_trained=mean, activation_bits=bits)
         with self._kept(self.objective.model), torch.no_grad():
             leaves = None if theta is None else self.partition.unflatten(theta)
-            row = _Row(self.objective.alone, list(batches), leaves, self._kept)
+            row = _Row(self.objective.alone, batches, leaves, self._kept)
             found = row.found(said if compared else None, apart="apart" not in passed)
         if self.objective.processes.count == 1 and row.cuts is not None and self.objective.splits is None:
             self.objective.splits = row.cuts
@@ -131,17 +133,14 @@ class _Row:
     """One step's batch being checked, at one theta."""
 
     def __init__(
-        self, objective: Objective, batches: list[Batch], leaves: Mapping[str, Tensor] | None, kept: Kept
+        self, objective: Objective, batches: MicroBatches, leaves: Mapping[str, Tensor] | None, kept: Kept
     ) -> None:
         self.objective, self.model, self.batches = objective, objective.model, batches
         self.leaves, self.kept = leaves, kept
         self.device = next(self.model.parameters()).device
         self.half = any(p.dtype in HALF for p in self.model.parameters())
-        self.cuts: bool | None = (
-            None  # whether sequences cut out were seen to agree with themselves among the others
-        )
-        counts = [objective.sequences(batch) for batch in batches]
-        self._largest = counts.index(max(counts))
+        self.cuts: bool | None = None  # see problem.sequences_apart.Apart
+        self._largest = batches.counts.index(max(batches.counts))
         self._outputs = torch.empty(0)  # the largest micro-batch's
         self._linear = self._with_labels = (
             False  # whether the loss has no curvature; whether labels went with the outputs
@@ -153,7 +152,9 @@ class _Row:
         bits = float(min((torch.finfo(dtype).bits for dtype in seen), default=nan))
         notes = (_HALVED,) * (bits < 32) + (_LINEAR,) * self._linear
         if apart:
-            notes += self._check_apart(halved=bits < 32)
+            batch = self.batches[self._largest]
+            seen = check_apart(self.objective, batch, self._outputs, self.leaves, halved=bits < 32)
+            self.cuts, notes = seen.cuts, notes + seen.notes
         self._outputs = torch.empty(0)
         if said is not None and measured.weighs_micro_batches(said):
             notes += (_MEAN_OF_MEANS,)
@@ -169,7 +170,7 @@ class _Row:
         return 1e-2 if self.half else 0.0
 
     def _losses(self, leaves: Mapping[str, Tensor] | None, *, keep: bool = False) -> Losses:
-        sums, tokens, groups, largest, eps = [], [], [], 0.0, 0.0
+        sums, groups, classes, largest, eps = [], [], 0, 0.0, 0.0
         before = random_states(self.device)
         for i, batch in enumerate(self.batches):
             with torch.no_grad():  # `measuring` asks for gradients
@@ -182,15 +183,14 @@ class _Row:
                 loss = self.objective.loss_function
                 self._linear = isinstance(loss, AutogradLoss) and loss.is_linear(z, y)
             sums.append(self.objective.loss_function.value(z, y).double())
-            tokens.append(float(self.objective.weight(batch)))
-            groups += self._grouped(batch, z, y)
+            groups, classes = groups + self._grouped(batch, z, y), z.shape[1]
             largest, eps = max(largest, float(z.abs().max())), max(eps, torch.finfo(z.dtype).eps)
         if keep:
-            self.objective.check_targets(self.batches)
+            self.batches.looked_at(classes)
         parts, counts = zip(*groups, strict=True)
         return Losses(
             sums=torch.stack(sums),
-            tokens=torch.tensor(tokens, dtype=torch.float64, device=sums[0].device),
+            tokens=torch.tensor(self.batches.weights, dtype=torch.float64, device=sums[0].device),
             group_sums=torch.stack(parts).double(),
             group_tokens=torch.stack(counts).double(),
             largest=largest,
@@ -208,75 +208,6 @@ class _Row:
         size = unit * max(1, -(-len(z) // unit // wanted))
         parts = [slice(start, start + size) for start in range(0, len(z), size)]
         return [(loss.value(z[part], y[part]), loss.weights(y[part]).sum()) for part in parts]
-
-    def _check_apart(self, *, halved: bool) -> tuple[str, ...]:
-        """Compares the largest micro-batch's middle sequences with themselves alone: one pass over a part of it.
-
-        Where they cannot be cut out, or differ alone, with themselves among copies of themselves: one more. Returns what is
-        to be noted.
-        """
-        batch, whole = self.batches[self._largest], self._outputs
-        count, positions = self.objective.sequence_shape(batch)
-        start, stop = (max(1, count // 3), max(2, 2 * count // 3)) if count > 1 else (0, 1)
-        middle = slice(start * positions, stop * positions)
-        expected = whole[middle]
-
-        def alone() -> Tensor | None:
-            return self._tried(
-                lambda: self.objective.cut(batch, start, stop) if count > 1 else batch, expected
-            )
-
-        came = alone()
-        agrees = came is not None and _agree(expected, came, halved)
-        if self.objective.presumes and self.objective.settle(batch, self.leaves, agreed=agrees):
-            came = alone()
-        if came is not None and _agree(expected, came, halved):
-            self.cuts = self.cuts if self.cuts is False or count < 2 or not bool(expected.any()) else True
-            self._check_loss_apart(batch, whole, count, positions)
-            return ()
-        # Perhaps fewer sequences are another thing to the model, as where it keeps a hidden state of each: the same ones
-        # among copies of themselves must then stay as they are, and the others change, or nothing has been tried.
-        order = torch.arange(count).clamp(start, stop - 1)
-        mixed = self._tried(lambda: self.objective.rearranged(batch, order), whole) if count > 1 else None
-        if came is None:
-            self.cuts, alone = False, lambda: None
-            if mixed is None:
-                return (_UNVERIFIED,)
-            came = mixed[middle]
-        if mixed is not None and _agree(expected, mixed[middle], halved) and not _agree(whole, mixed, halved):
-            self.cuts = False
-            self._check_loss_apart(batch, whole, count, positions)
-            return ()
-        gap, again = _gap(expected, came), alone()
-        if self.cuts is not False and (count < 2 or again is None or not _agree(came, again, halved)):
-            raise UserError(_CHANGING.format(gap=gap))
-        square = _SQUARE.format(count=count) if count == positions else ""
-        raise UserError(_TOGETHER.format(gap=gap, start=start, stop=stop - 1, count=count) + square)
-
-    def _tried(self, made: Callable[[], Batch | None], expected: Tensor) -> Tensor | None:
-        """Returns the outputs of a batch, None where it cannot be made or run, or has others than are expected."""
-        with measuring(self.model, forward_mode=False), torch.no_grad():
-            try:
-                batch = made()
-                found = None if batch is None else self.objective.outputs(batch, self.leaves)
-            except (
-                Exception
-            ) as error:  # whatever forward=, targets= or the model say of a batch not made for them
-                if is_out_of_memory(error):
-                    raise
-                return None
-        return found if found is not None and found.shape == expected.shape else None
-
-    def _check_loss_apart(self, batch: Batch, z: Tensor, count: int, positions: int) -> None:
-        """Compares the loss of all outputs with those of two halves' added up: no pass at all."""
-        loss, y, half = self.objective.loss_function, self.objective.targets(batch), count // 2 * positions
-        if not half:
-            return
-        whole = float(loss.value(z, y))
-        parts = float(loss.value(z[:half], y[:half])) + float(loss.value(z[half:], y[half:]))
-        eps = torch.finfo(z.dtype).eps
-        if abs(parts - whole) > eps**0.58 * abs(whole) + 30 * eps * float(z.abs().max()) * len(z):
-            raise UserError(_PAIRED.format(whole=whole / len(z), parts=parts / len(z)))
 
     def _run(self, *, statistics: bool = False, autocast: bool = False, seed: int = 0) -> Losses:
         """Runs the batch as training does: in the modules' own modes and the parameters' own precision.
@@ -352,29 +283,6 @@ _HALVED = (
     ".bfloat16() of activations): curvature is that of the rounded function, and its errors are those of 8 to 11 bits. "
     "Enter autocast around the training step instead of inside forward"
 )
-_CHANGING = (
-    "two forward passes of the same batch differ by {gap:.1%} of their norm although the model is measured in eval mode: "
-    "something random is left on, or something moves from call to call, and every product would be of another function. "
-    "Write F.dropout(x, p, training=self.training), scaled_dot_product_attention(..., dropout_p=p if self.training else "
-    "0.0), sampling and noise only `if self.training`, and leave no state in the model from one forward pass to the next"
-)
-_TOGETHER = (
-    "sequences see each other: the outputs of sequences {start} to {stop} of {count} alone differ by {gap:.1%} of their "
-    "norm from the same ones among the others, so that no row can be made of single sequences. Where inputs come "
-    "positions first, (positions, sequences, ...): pass batch_first=False, or forward= and targets= that put sequences "
-    "first. Statistics over the batch and attention between its examples have no curvature by sequence: leave them out "
-    "in forward="
-)
-_SQUARE = (
-    ". This batch has as many sequences as positions ({count}): an entry of positions alone, as position ids (t,) or a mask "
-    "(t, t), is then taken for one of sequences: make it inside forward=, or measure a batch of another number of "
-    "sequences"
-)
-_UNVERIFIED = (
-    "sequences unverified: this batch cannot be cut into sequences, so whether they are apart, and are what is taken for "
-    "them, could not be seen. Where inputs come positions first, (positions, sequences, ...): pass batch_first=False; else "
-    "forward= and targets= that take a batch of tensors, each with a dimension of sequences"
-)
 _LINEAR = (
     "the loss is linear in the model's outputs: it has no curvature of its own, so the Gauss-Newton matrix is 0, gn_gap is "
     "not a number, and what curvature there is is the model's own"
@@ -384,25 +292,6 @@ _MEAN_OF_MEANS = (
     "loss / steps): there a token of a short micro-batch weighs more, while rows weigh all tokens alike; loss_trained "
     "stands beside loss_whole_batch. To train what is measured, divide each micro-batch's sum by the tokens of all"
 )
-_PAIRED = (
-    "the loss sees sequences together: of all it is {whole:.6g} per token and of two halves {parts:.6g}, as for contrastive "
-    "losses, and no row can be made of single sequences. Wanted: loss=function(outputs (n, c), targets (n, ...)) -> losses "
-    "(n,), each of its own token alone"
-)
-
-
-def _gap(expected: Tensor, came: Tensor) -> float:
-    return float((expected - came).norm() / expected.norm())
-
-
-def _agree(expected: Tensor, came: Tensor, halved: bool) -> bool:
-    """Tells rounding from another function: outputs of zeros agree, a head that starts there has nothing to show."""
-    if torch.equal(expected, came):
-        return True
-    eps = torch.finfo(torch.bfloat16 if halved else expected.dtype).eps
-    if expected.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        eps = max(eps, 2.0**-11)
-    return _gap(expected, came) <= eps**0.6
 
 
 def _shapes(thing: Any) -> object:

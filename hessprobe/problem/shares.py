@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem.batches import Batch, tensors_of
+from hessprobe.problem.batches import Batch
+from hessprobe.problem.micro_batches import MicroBatches
+from hessprobe.problem.splitting import can_be_cut
 
 if TYPE_CHECKING:
     from hessprobe.problem.objective import Objective
@@ -36,11 +38,10 @@ class Share:
     first: int
 
 
-def share_of(objective: Objective, batches: list[Batch]) -> list[Share]:
+def share_of(objective: Objective, batches: MicroBatches) -> list[Share]:
     """Returns the present process's part of micro-batches; see `Objective.share`."""
-    counts = [objective.sequence_shape(batch)[0] for batch in batches]
-    processes = objective.processes
-    mine = processes.part(sum(counts))
+    counts, processes = batches.counts, objective.processes
+    mine = processes.part(batches.sequences)
     if processes.count > 1 and is_sharded(objective.model):
         if len(batches) % processes.count:
             raise UserError(
@@ -52,7 +53,7 @@ def share_of(objective: Objective, batches: list[Batch]) -> list[Share]:
     found, first = [], 0
     for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
         start, stop = max(0, mine.start - first), min(count, mine.stop - first)
-        if 0 < stop - start < count and not _can_be_cut(objective, batch, count):
+        if 0 < stop - start < count and not can_be_cut(objective, batch, most=2):
             start, stop = (0, count) if mine.start <= first < mine.stop else (0, 0)
         if start < stop:
             part = batch if stop - start == count else objective.cut(batch, start, stop)
@@ -64,10 +65,3 @@ def share_of(objective: Objective, batches: list[Batch]) -> list[Share]:
 def is_sharded(model: nn.Module) -> bool:
     """Tells whether parameters lie in parts on several devices (FSDP2, tensor parallel: DTensors)."""
     return any(hasattr(p, "placements") for p in model.parameters())
-
-
-def _can_be_cut(objective: Objective, batch: Batch, count: int) -> bool:
-    """Tells whether two of the batch's sequences do not depend on each other's company."""
-    if count < 2 or next(tensors_of(batch), None) is None:
-        return False
-    return len(objective.split(objective.cut(batch, 0, 2), 2)) == 2

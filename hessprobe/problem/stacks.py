@@ -76,6 +76,7 @@ def components(name: str) -> list[str]:
 
 
 def holds_parameters(module: nn.Module) -> bool:
+    """Tells whether a module or one inside it has parameters."""
     return next(module.parameters(), None) is not None
 
 

@@ -7,13 +7,14 @@ them, and a tensor tied to another has several.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
+from hessprobe.problem.operation_rules import without_rules
 
 HALF = (torch.float16, torch.bfloat16)
 # What nn.Module itself keeps in a module's __dict__.
@@ -136,6 +137,15 @@ def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
         if tensor.dtype is not found and tensor.is_floating_point():
             found = tensor.dtype if found is None else torch.promote_types(found, tensor.dtype)
     return found
+
+
+def fresh_leaves(
+    source: Mapping[str, Tensor], names: Sequence[str], wanted: Collection[str]
+) -> dict[str, Tensor]:
+    """Returns tensors by name that share the sources' memory, in their highest precision; those wanted want gradients."""
+    with without_rules():
+        dtype = common_dtype(source.values())
+        return {n: source[n].detach().to(dtype).requires_grad_(n in wanted) for n in names}
 
 
 def _trainable(modules: list[nn.Module]) -> Iterator[Tensor]:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.instrument import Instrument
+from hessprobe.instruments.instrument import Instrument, loaded
 from hessprobe.instruments.registry import EVERY_RUN, instruments, is_ours, reader_of
 from hessprobe.reading.labelled import Labelled
 from hessprobe.reading.rows import sound_rows
-from hessprobe.report.until_slices import answers_of, at_one_setting
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +74,7 @@ def ask(trees: Sequence[xr.DataTree], labels: Sequence[str] = ("",), upto: int |
             same = early.sizes["step"] == table.sizes["step"]
             up_to = answers if same else answers_of(each, early)
             runs.append(Labelled(label=label, answers=answers, compared=up_to, run=tree))
-        found[each.name] = at_one_setting(each, runs)
+        found[each.name] = loaded(each.agree)(runs) if each.agree and len(runs) > 1 else runs
     return Asked(labels=labels, trees=trees, runs=found, tables=compared, step=step)
 
 
@@ -98,3 +97,8 @@ def _last_compared(instrument: Instrument, tables: Sequence[xr.Dataset], upto: i
 
 def _until(table: xr.Dataset, step: int | None) -> xr.Dataset:
     return table if step is None else table.isel(step=np.flatnonzero(table["step"].values <= step))
+
+
+def answers_of(instrument: Instrument, table: xr.Dataset) -> Any:
+    """Returns what an instrument answers of a table; the table's name rides as an attribute, for readers of any table."""
+    return loaded(instrument.answers)(table.assign_attrs(table=instrument.name))

@@ -65,7 +65,7 @@ def _difference(quantity: Quantity, stated: Sequence[tuple[str, Finding]]) -> Fi
     far = [abs(size) / stderr if stderr > 0 else np.inf * abs(size) for size, stderr in sizes]
     at = int(np.nanargmax(far)) if np.isfinite(far).any() else 0
     size, stderr = sizes[at]
-    (first, one), (second, other) = pairs[at]
+    (first, _), (second, _) = pairs[at]
     resolved = bool(far[at] > standard_errors_of_largest(len(pairs)))
     if size < 0:
         first, second, size = second, first, -size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,20 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.registry import EVERY_RUN, reader_of
+from hessprobe.instruments.registry import EVERY_RUN
 from hessprobe.pictures import matplotlib_pen
 from hessprobe.pictures.picture import Picture
-from hessprobe.report.asking import Asked, ask, readers
+from hessprobe.reading.rows import sound_rows
+from hessprobe.report.asking import ask, readers
 from hessprobe.report.sections import pictures_of
-from hessprobe.report.until_slices import OLD
+from hessprobe.store.reader import require_table
 
 Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureSet:
-    """The files written, and {figure: why not} of those that could not be drawn."""
+    """The files written, and {figure: why not} of those that could not be drawn, or {instrument: why not} of all its own."""
 
     written: list[Path]
     left_out: dict[str, str]
@@ -49,9 +50,17 @@ def save_figures(
         training: whether figures on training alone are drawn too.
         groupings: what `study_groupings` said of its table, where it was asked before (it takes seconds).
     """
+    if step is not None:
+        _check_measured(run, step)
     drawings = figures_of(run, step=step, training=training, groupings=groupings)
-    # A step that was asked for and not measured is a mistake in the call.
-    return save_drawings(drawings, folder, prefix=prefix, wanted="" if step is None else "coupling")
+    wanted = [each for each in readers([run]) if training or each.name != EVERY_RUN]
+    unrecorded = {
+        each.name: f"this run holds no table {each.name!r}; {each.recorded_with} records it"
+        for each in wanted
+        if each.name not in run.children
+    }
+    saved = save_drawings(drawings, folder, prefix=prefix)
+    return replace(saved, left_out=saved.left_out | unrecorded)
 
 
 def figures_of(
@@ -61,38 +70,34 @@ def figures_of(
     asked = ask([run], upto=step)
     if groupings is not None and "cross_layer" in asked.runs:
         vars(asked.runs["cross_layer"][0].answers)["groupings"] = groupings
-    drawings: dict[str, Draw] = {}
-    for each in readers([run]):
-        if each.name != EVERY_RUN or training:
-            drawings |= _drawings(each.name, asked, step)
-    return drawings
-
-
-def _drawings(name: str, asked: Asked, step: int | None) -> Mapping[str, Draw]:
-    answered = asked.recorded(name)
-    if name in OLD:
-        return OLD[name].drawings(asked.trees[0], answered and answered.answers, step)
-    # Of a table that was not recorded the page says which command records it.
-    found = [] if answered is None else pictures_of(reader_of(name), [answered])
+    found = [
+        picture
+        for each in readers([run])
+        if each.name in run.children and (training or each.name != EVERY_RUN)
+        for picture in pictures_of(each, asked.runs[each.name])
+    ]
     return {picture.name: partial(_draw, picture) for picture in found if picture.where != "page"}
+
+
+def _check_measured(run: xr.DataTree, step: int) -> None:
+    """Raises UserError where the coupling was not measured at a step: one that was asked for is a mistake in the call."""
+    measured = sound_rows(require_table(run, "cross_layer"), "coupling")["step"].values
+    if step not in measured:
+        raise UserError(f"step {step} was not measured; measured: {', '.join(str(s) for s in measured[:20])}")
 
 
 def _draw(picture: Picture) -> tuple[Figure, xr.Dataset | xr.DataArray | None]:
     return matplotlib_pen.draw(picture), picture.data
 
 
-def save_drawings(
-    drawings: Mapping[str, Draw], folder: Path, *, prefix: str = "", wanted: str = ""
-) -> FigureSet:
-    """Writes figures by name into a folder; the one `wanted` must be drawn, or its UserError is raised."""
+def save_drawings(drawings: Mapping[str, Draw], folder: Path, *, prefix: str = "") -> FigureSet:
+    """Writes figures by name into a folder; of what cannot be drawn, the line that says why."""
     written: list[Path] = []
     left_out: dict[str, str] = {}
     for name, draw in drawings.items():
         try:
             figure, _ = draw()
         except UserError as error:
-            if name == wanted:
-                raise
             left_out[name] = str(error)
         else:
             written += matplotlib_pen.save(figure, folder, f"{prefix}{name}")

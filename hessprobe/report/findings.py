@@ -16,7 +16,6 @@ from hessprobe.reading.finding import Finding
 from hessprobe.reading.symmetry import symmetry_findings
 from hessprobe.report.asking import Asked, ask
 from hessprobe.report.costs import cost_findings
-from hessprobe.report.until_slices import OLD
 
 
 def findings(run: xr.DataTree, groupings: Any = None) -> list[Finding]:
@@ -38,6 +37,6 @@ def findings_of(asked: Asked, run: int = 0) -> list[Finding]:
     answered = {name: each for name in asked.runs if (each := asked.recorded(name, run)) is not None}
     found = symmetry_findings({name: asked.tables[name][run] for name in answered if name != EVERY_RUN})
     for name, each in answered.items():
-        state = OLD[name].findings if name in OLD else loaded(reader_of(name).findings)
+        state = loaded(reader_of(name).findings)
         found += state(each.compared)
     return found + cost_findings(asked.trees[run])

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import plotly.io
-from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from hessprobe import instruments
 from hessprobe.pictures.section import Section
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
@@ -27,6 +25,7 @@ from hessprobe.report.asking import Asked, ask
 from hessprobe.report.costs import costs
 from hessprobe.report.findings import findings_of
 from hessprobe.report.provenance import provenance, said_time
+from hessprobe.report.rendering import environment_of, source
 from hessprobe.report.sections import sections_on_instruments
 from hessprobe.report.summary import findings_json, summary_markdown
 
@@ -97,15 +96,7 @@ def render_page(
     reading: str = "reading.html.j2",
 ) -> str:
     """Returns a page as HTML text: findings, sections in their order, and the template on how to read it."""
-    environment = Environment(
-        loader=ChoiceLoader(
-            [PackageLoader("hessprobe.report", "templates"), FileSystemLoader(Path(instruments.__path__[0]))]
-        ),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = environment_of("hessprobe.report")
     environment.filters |= {"percent": percent, "number": plus_minus}
     return environment.get_template("page.html.j2").render(
         name=name,
@@ -116,7 +107,7 @@ def render_page(
         subtitle=subtitle,
         charts=_script_json(sections),
         frames={section.name: section.frames for section in sections if section.frames},
-        source=_source,
+        source=source,
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -128,11 +119,6 @@ def _script_json(sections: Sequence[Section]) -> Markup:
         f"{json.dumps(name)}:{plotly.io.to_json(figure, validate=False)}" for name, figure in charts.items()
     )
     return Markup("{" + ",".join(entries) + "}")
-
-
-def _source(name: str) -> Markup:
-    """Returns a file of this package's templates as it stands (our own style and script, no user's text)."""
-    return Markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
 
 
 def _subtitle(attributes: Mapping[Any, Any], now: datetime) -> list[str]:

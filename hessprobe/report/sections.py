@@ -13,7 +13,6 @@ from hessprobe.pictures.section import Section, table_or_reason
 from hessprobe.reading.labelled import Labelled
 from hessprobe.reading.rows import failed_rows
 from hessprobe.report.asking import Asked, readers
-from hessprobe.report.until_slices import OLD, beside
 
 
 def sections_on_instruments(asked: Asked) -> list[Section]:
@@ -28,9 +27,6 @@ def pictures_of(instrument: Instrument, runs: Sequence[Labelled[Any]]) -> list[P
 
 
 def _of_one(instrument: Instrument, asked: Asked) -> Section:
-    if instrument.name in OLD:
-        answered = asked.recorded(instrument.name)
-        return OLD[instrument.name].section(asked.trees[0], answered and answered.answers)
     section = _section(instrument, instrument.template)
     table, reason = table_or_reason(asked.trees[0], instrument.name, instrument.recorded_with)
     if table is None:
@@ -40,13 +36,12 @@ def _of_one(instrument: Instrument, asked: Asked) -> Section:
     if not charts:
         return section(missing=f"No row of the table {instrument.name!r} holds a number yet.", failed=failed)
     content = loaded(instrument.content)(asked.runs[instrument.name])
+    if content.get("nothing"):
+        return section(missing=content["nothing"], failed=failed)
     return section(content=content, charts=charts, frames=content.get("frames", {}), failed=failed)
 
 
 def _of_several(instrument: Instrument, asked: Asked) -> Section:
-    if instrument.name in OLD:
-        runs = beside(asked.labels, asked.trees, asked.runs.get("cross_layer", ()))
-        return OLD[instrument.name].several(runs)
     section = _section(instrument, instrument.several_template)
     missing = [
         f"{label}: {reason}"

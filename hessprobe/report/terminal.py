@@ -15,7 +15,6 @@ from hessprobe.reading.rows import failed_rows
 from hessprobe.reading.wording import counted
 from hessprobe.report.asking import ask
 from hessprobe.report.findings import findings_of
-from hessprobe.report.until_slices import OLD
 from hessprobe.store.reader import require_table
 
 ACCENT = "cyan"
@@ -47,8 +46,7 @@ def show(run: Path, console: Console, tables: Sequence[str] = ()) -> None:
         if table.sizes["step"] == 0:
             console.print("nothing recorded yet")
         else:
-            print_answers = OLD[name].show if name in OLD else loaded(reader_of(name).show)
-            print_answers(asked.runs[name][0].answers, console)
+            loaded(reader_of(name).show)(asked.runs[name][0].answers, console)
         for step, reason in failed_rows(table).items():
             console.print(f"step {step} failed: {escape(reason)}", style="yellow", highlight=False)
     if not tables:

@@ -22,5 +22,6 @@ def filled(given: Any, presets: dict[str, dict[str, Any]]) -> Any:
 
 
 def check_rising(name: str, given: Sequence[float]) -> None:
+    """Raises a ValueError where values do not rise, each standing there once."""
     if list(given) != sorted(set(given)):
         raise ValueError(f"{name}: wanted rising values, each once, got {list(given)}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hessprobe.errors import UserError
+from hessprobe.machine.seeds import key_of
 from hessprobe.text.sources import Parts, read_parts
 
 if TYPE_CHECKING:
@@ -145,10 +146,9 @@ class Corpus:
         """
         if sequences < 1:
             raise UserError(f"a batch needs at least 1 sequence, got {sequences}")
-        key = hashlib.sha256(f"{stream}/{seed:d}/{step:d}".encode()).digest()[:16]
         # random_raw, not Generator.integers, whose stream numpy may change between versions. The bias of the
         # remainder is below (training tokens) / 2^64.
-        raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(sequences)
+        raw = np.random.Philox(key=key_of(stream, seed, step, size=16)).random_raw(sequences)
         starts = raw % np.uint64(self.train.size - self.context)
         return self._windows(self.train, starts.astype(np.int64))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError, first_line
+from hessprobe.machine.seeds import key_of
 from hessprobe.text.hub_corpus import HUB, HubCorpus
 from hessprobe.text.tokenizer import load_tokenizer
 
@@ -98,9 +99,8 @@ class LabelledTexts:
                 f"{self.fingerprint['source']!r} holds {len(self.texts):,} texts, and a row reads {sequences:,}: give "
                 f"more texts, or --sequences {len(self.texts)} or fewer"
             )
-        key = hashlib.sha256(f"{stream}/{seed:d}/{step:d}".encode()).digest()[:16]
         # The order of raw draws, not Generator.permutation, whose stream numpy may change between versions.
-        raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(len(self.texts))
+        raw = np.random.Philox(key=key_of(stream, seed, step, size=16)).random_raw(len(self.texts))
         chosen = np.argsort(raw, kind="stable")[:sequences]
         encoded = self.rules.encode_batch([self.texts[i] for i in chosen])
         return {

@@ -5,7 +5,6 @@ Of the hidden places 80 % hold the mask, 10 % a random token, 10 % what was ther
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError
+from hessprobe.machine.seeds import generator_of
 from hessprobe.text.corpus import Corpus
 from hessprobe.text.hub_corpus import HubCorpus
 from hessprobe.text.tokenizer import load_tokenizer
@@ -71,8 +71,7 @@ class MaskedCorpus:
         Every sequence has as many hidden tokens, at least one; labels elsewhere are -100.
         """
         tokens, _ = self.corpus.batch(seed=seed, step=step, sequences=sequences, stream=stream)
-        key = hashlib.sha256(f"mask/{stream}/{seed:d}/{step:d}".encode()).digest()[:8]
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        generator = generator_of("mask", stream, seed, step)
         tokens = tokens.clone()
         inner = torch.ones_like(tokens[0], dtype=torch.bool)
         for place, token in ((0, self.first), (-1, self.last)):

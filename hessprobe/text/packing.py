@@ -40,7 +40,7 @@ class Packed:
     documents: Callable[[int, int], Iterator[tuple[int, int, str]]]
     tokenizer: Tokenizer
     context: int
-    start: Bookmark = Bookmark()
+    start: Bookmark = Bookmark()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         self._go_to(self.start)

@@ -5,6 +5,7 @@ python -m hessprobe.validation.children WORDS...: what `hessprobe WORDS...` does
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import subprocess
@@ -37,7 +38,7 @@ def train_words(folder: Path, text: Path, device: str, steps: int, *more: str) -
 def write_text(path: Path) -> Path:
     """Writes a text of some 40 kB, the same everywhere, and returns its path."""
     generator = torch.Generator().manual_seed(0)
-    words = "layer block head gradient curvature matrix step of the and".split()
+    words = ["layer", "block", "head", "gradient", "curvature", "matrix", "step", "of", "the", "and"]
     drawn = torch.randint(len(words), (6000,), generator=generator).tolist()
     path.write_text(" ".join(words[i] for i in drawn), encoding="utf-8")
     return path
@@ -90,10 +91,8 @@ class Child:
 
     def kill(self) -> int:
         """Sends SIGKILL to it and what it has started; returns its exit status."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, 9)
-        except ProcessLookupError:
-            pass
         return self.process.wait()
 
     def wait_for(self, path: Path, seconds: float) -> bool:

@@ -274,7 +274,7 @@ def test_a_right_loop_has_its_rows(tmp_path, dropout, autocast, pass_on):
     row = trained_once(tmp_path / "run", built(dropout=dropout), autocast=autocast, pass_on=pass_on)
     assert_recorded(row)
     assert float(row["activation_bits"]) == 32
-    x, y = batch()
+    _x, _y = batch()
     if not dropout:
         assert float(row["loss_whole_batch"]) == pytest.approx(float(row["loss"]), rel=1e-5)
     assert bool(row["loss_trained"].isnull()) == (pass_on is None)
@@ -470,7 +470,7 @@ def test_three_passes_are_all_that_a_first_row_needs_before_it_is_measured(
 
     monkeypatch.setattr(Measuring, "_snapshot", count)
     monkeypatch.setattr(
-        "hessprobe.problem.objective.agree", lambda *_: pytest.fail("whether it can be cut is known")
+        "hessprobe.problem.splitting.agree", lambda *_: pytest.fail("whether it can be cut is known")
     )
     probes = {"cross_layer": {"rounds": 4, "sequences": SEQUENCES}}
     with hp.Recorder(tmp_path, model, probes, every=1, partition="module", **options) as recorder:

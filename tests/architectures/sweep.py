@@ -155,7 +155,8 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        return work(arguments.names, curvature=not arguments.partition)
+        work(arguments.names, curvature=not arguments.partition)
+        return
     start, outcomes = time.monotonic(), {}
     names = names_of(arguments.names, each=arguments.each)
     more = {"curvature": not arguments.partition, "seconds": arguments.seconds}

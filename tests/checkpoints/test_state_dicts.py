@@ -161,7 +161,7 @@ def test_what_holds_more_than_tensors_is_refused_and_not_unpickled():
 
 REFUSED = {
     "no file": ({}, "nothing.pt", "own_code:model", "no weights there; --model measures files"),
-    "other names": ({"other.weight": torch.ones(2)}, "a.pt", "own_code:model", 
+    "other names": ({"other.weight": torch.ones(2)}, "a.pt", "own_code:model",
         r"4 missing \(0.weight, .*1 that the model does not have \(other.weight\)"),
     "no tensors": ({"epoch": 3}, "a.pt", "own_code:model", "holds no state_dict .there is epoch"),
     "no module": ({}, "a.pt", "nowhere:model", "--model nowhere:model: ModuleNotFoundError"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from hessprobe.schema.table import CHECK_VARIABLES
+from hessprobe.instruments.row_variables import CHECK_VARIABLES
 from tests.training.runs import assert_same_rows, state, tables, text_file, tiny
 
 pytestmark = pytest.mark.processes
@@ -104,10 +105,8 @@ def test_killed_at_any_instant_a_run_resumes_to_the_uninterrupted_weights(tmp_pa
         trainer.start(folder)
         if kills < KILLS:
             time.sleep(delays.uniform(0.0, 0.7 * duration))
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it was faster
                 os.kill(trainer.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it was faster
         status = trainer.ended()
         assert status in (0, -signal.SIGKILL), folder.with_suffix(".out").read_text()
         if (folder / "log.zarr").exists():

@@ -10,7 +10,7 @@ from torch import nn
 
 from hessprobe.curvature.diagonal import sampled_diagonal
 from hessprobe.errors import UserError
-from hessprobe.problem import objective as objectives
+from hessprobe.problem import splitting
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
@@ -63,7 +63,7 @@ def test_a_long_batch_is_worked_on_in_pieces_that_make_up_one_draw(monkeypatch):
     g = seeded(2)
     batches = [(torch.randint(7, (n, 4), generator=g), labels(g, 7, n, 4, ignore=0.3)) for n in (5, 2)]
     whole = sampled_diagonal(objective, batches, partition, generator=seeded(1))
-    monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", 8)
+    monkeypatch.setattr(splitting, "POSITIONS_AT_ONCE", 8)
     assert len(objective.pieces(batches[0])) == 3
     pieces = sampled_diagonal(objective, batches, partition, generator=seeded(1))
     torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-16)

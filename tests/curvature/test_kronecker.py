@@ -4,6 +4,7 @@ where theory says they are it. curvlinops' scale depends on how data and outputs
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -73,9 +74,7 @@ def kfac_by_definition(problem: Problem) -> dict[str, tuple[Tensor, Tensor]]:
 def perceptron(
     *sizes: int, activation: type[nn.Module] = nn.Identity, seed: int = 3, bias: bool = True
 ) -> nn.Module:
-    layers = [
-        m for i, o in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(i, o, bias=bias), activation())
-    ]
+    layers = [m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o, bias=bias), activation())]
     return redraw(nn.Sequential(*layers[:-1]), seeded(seed))
 
 

@@ -177,7 +177,7 @@ def test_a_batch_whose_sequences_see_each_other_stays_whole(monkeypatch: pytest.
     partition = Partition.of(model, "module")
     monkeypatch.setattr(GaussNewton, "FILLS_CPU", 1)
     operator = GaussNewton(Objective(model), [batch], partition)
-    assert operator.pieces == [batch]
+    assert list(operator.pieces) == [batch]
 
 
 def test_a_batch_read_by_a_function_of_the_users_is_cut_where_that_changes_nothing() -> None:

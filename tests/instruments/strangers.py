@@ -13,7 +13,8 @@ WEIGHTS = '''
 from hessprobe.instruments.instrument import Instrument
 from hessprobe.instruments.probe import Probe
 from hessprobe.schema.section import Positive, Section
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable
+from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
+from hessprobe.schema.table import Table, Variable
 
 
 class WeightsRecipe(Section):

@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-@pytest.mark.parametrize("library, sequences", [("transformers", 4), ("lightning", 8)])
+@pytest.mark.parametrize(("library", "sequences"), [("transformers", 4), ("lightning", 8)])
 def test_training_is_the_same_and_rows_are_of_all_processes(folder, library, sequences):
     assert attributes(folder / library)["processes"] == COUNT
     table = tables(folder / library)["cross_layer"]

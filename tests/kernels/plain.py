@@ -90,7 +90,7 @@ def streamed(
         plan = Plan(taps=(), fallback=partition.names, how=plan)
     theta = options.pop("theta", None)
     stream = Stream(objective, partition, plan, theta=theta, **options)
-    return stream.run(batches, len(cotangents.drawn[0]), cotangents)
+    return stream.run(objective.counted(list(batches)), len(cotangents.drawn[0]), cotangents)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:

@@ -21,7 +21,14 @@ VOCABULARY = 6
 
 def tiny(vocabulary: int = VOCABULARY, **switches: Any) -> nn.Module:
     """Returns a decoder of one layer in float64."""
-    settings = dict(layers=1, width=4, feedforward=6, heads=2, vocabulary=vocabulary, context=8) | switches
+    settings = {
+        "layers": 1,
+        "width": 4,
+        "feedforward": 6,
+        "heads": 2,
+        "vocabulary": vocabulary,
+        "context": 8,
+    } | switches
     return redraw(Decoder(DecoderConfig(**settings), generator=seeded(0)), seeded(1))
 
 

@@ -89,7 +89,9 @@ def passes_of(setting: Setting, plan: Plan, memory: int) -> tuple[int, float]:
     calls: list[int] = []
     handle = setting.model.register_forward_hook(lambda *_: calls.append(1))
     gathered = stream.Stream(setting.objective, setting.partition, plan, theta=None, memory=memory)
-    gathered.run(setting.batches, len(setting.cotangents.drawn[0]), setting.cotangents)
+    gathered.run(
+        setting.objective.counted(list(setting.batches)), len(setting.cotangents.drawn[0]), setting.cotangents
+    )
     handle.remove()
     return len(calls) // len(setting.batches), gathered.gradients
 
@@ -252,9 +254,11 @@ def test_what_never_fits_is_refused_with_the_bound_and_the_way_out(device):
 def test_other_errors_are_not_tried_again():
     setting = Setting(tiny(), text((3, 4)))
     plan = setting.plan()
-    with at_most(setting.model, 0, RuntimeError("no kernel for this device")) as sizes:
-        with pytest.raises(RuntimeError, match="no kernel"):
-            measured(setting, plan)
+    with (
+        at_most(setting.model, 0, RuntimeError("no kernel for this device")) as sizes,
+        pytest.raises(RuntimeError, match="no kernel"),
+    ):
+        measured(setting, plan)
     assert sizes == [3]
 
 
@@ -300,7 +304,7 @@ def test_a_plan_is_verified_with_fewer_sequences_where_all_do_not_fit():
     wanted = setting.plan()
     with at_most(setting.model, 3) as sizes:
         found = setting.plan()
-    assert max(sizes) == 8 and [size for size in sizes if size <= 3][0] == 2
+    assert max(sizes) == 8 and next(size for size in sizes if size <= 3) == 2
     assert found.fallback == wanted.fallback and found.how == wanted.how == ONE_SEQUENCE
     assert {t.names["weight"] for t in found.taps} == {t.names["weight"] for t in wanted.taps}
     with (

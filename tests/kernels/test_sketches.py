@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hessprobe.errors import UserError
 from hessprobe.kernels.sketches import COTANGENTS, draw_cotangent
-from hessprobe.problem.losses import Loss, loss_named
+from hessprobe.problem.loss_names import loss_named
+from hessprobe.problem.losses import Loss
 from tests.models import IGNORED, labels, logcosh, real, seeded
 from tests.oracles import logit_hessians
 

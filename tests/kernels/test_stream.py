@@ -53,7 +53,7 @@ def test_all_labels_enumerated_reproduce_dense_gauss_newton():
     plan = verified_plan(objective, batches[1], partition)
     along = torch.randn(partition.size, generator=seeded(5), dtype=torch.float64)
     stream = Stream(objective, partition, plan, theta=None, along={"v": along})
-    found = stream.run(batches, VOCABULARY, cotangents)
+    found = stream.run(objective.counted(list(batches)), VOCABULARY, cotangents)
     k = found.kernel
     fro2 = torch.einsum("imn,jmn->ij", k, k) / 4**2
     assert relative(fro2, oracles.block_fro2(truth, slices)) < 1e-10
@@ -378,7 +378,8 @@ def test_an_exception_leaves_nothing_behind(where):
 
         handle = model.head.register_forward_hook(fail)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError):
-        Stream(setting.objective, setting.partition, plan, theta=None).run(setting.batches, 1, broken)
+        batches = setting.objective.counted(list(setting.batches))
+        Stream(setting.objective, setting.partition, plan, theta=None).run(batches, 1, broken)
     if handle is not None:
         handle.remove()
     assert hooks_of(model) == 0 and model.training

@@ -17,6 +17,7 @@ from hessprobe.machine.processes import (
     PeerRefused,
     Processes,
     ProcessLost,
+    together,
 )
 from hessprobe.problem.objective import Objective
 from tests import processes as processes_of_tests
@@ -51,9 +52,21 @@ def exchange(processes: Processes) -> None:
     assert torch.equal(few, rows[:, :1][:, columns])
 
 
+@together(lambda processes, **_: processes)
+def refusing(processes: Processes, *, refuses: bool) -> int:
+    """Returns the rank, or raises in one process."""
+    if refuses:
+        raise MemoryError("none left")
+    return processes.rank
+
+
 def failures(processes: Processes) -> None:
     last = processes.count - 1
     mine = processes.rank == last
+
+    # A function that is a region: it fails in all, and they go on together.
+    with pytest.raises(MemoryError):
+        refusing(processes, refuses=mine)
 
     # In an inner region, handled there by all: they go on together.
     with processes.together():
@@ -176,6 +189,7 @@ def test_one_process_alone_needs_nobody():
     x = torch.ones(2)
     assert ALONE.total(x)[0] is x and ALONE.most(x) is x and ALONE.gathered(3) == [3]
     assert ALONE.from_first(lambda: 4) == 4 and ALONE.exchanged(x[None], [1])[1] == slice(0, 2)
+    assert refusing(ALONE, refuses=False) == 0 and refusing.__doc__ == refusing.__wrapped__.__doc__
     with pytest.raises(KeyError), ALONE.together():
         raise KeyError
     assert Processes.of_group().count == 1

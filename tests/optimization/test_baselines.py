@@ -17,7 +17,7 @@ from hessprobe.errors import RunFailed, UserError
 from hessprobe.optimization.baselines import BASELINES, FirstOrderOptimizer
 from hessprobe.optimization.inner_solver import hidden_matrices
 from hessprobe.optimization.kfac import KFAC
-from hessprobe.problem import objective as objectives
+from hessprobe.problem import splitting
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests import models, oracles
@@ -96,7 +96,7 @@ def test_the_gradient_is_clipped_at_its_norm_over_all_parameters():
 
 
 def test_the_learning_rate_follows_the_cosine_over_outer_steps():
-    problem, partition, optimizer = fresh(schedule="global-cosine", outer_steps=2)
+    problem, _partition, optimizer = fresh(schedule="global-cosine", outer_steps=2)
     norms = [optimizer.step(list(problem.batches)).update_norm for _ in range(2)]
     constant_problem, _, constant = fresh()
     plain = [constant.step(list(constant_problem.batches)).update_norm for _ in range(2)]
@@ -238,7 +238,7 @@ def test_factors_of_a_long_minibatch_come_from_its_pieces(monkeypatch, solver):
     tokens = torch.randint(5, (4, 3), generator=g)
     found = []
     for most, batches in ((6, [(tokens, tokens)]), (8192, [(part, part) for part in tokens.split(2)])):
-        monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", most)
+        monkeypatch.setattr(splitting, "POSITIONS_AT_ONCE", most)
         problem, partition, optimizer = fresh(solver=solver, learning_rate=0.1)
         found.append(optimizer.step(batches).gradient_equivalents / len(batches))
         found.append(partition.vector(problem.model))

@@ -12,7 +12,7 @@ from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.optimization.group_models import LocalModels
 from hessprobe.optimization.inner_problem import groups_of
 from hessprobe.optimization.local_model import MODELS, LocalGradient, predicted_decrease
-from hessprobe.problem import objective as objectives
+from hessprobe.problem import splitting
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests.cases import Case
@@ -64,7 +64,7 @@ def test_a_long_minibatch_is_worked_on_in_pieces(monkeypatch, generator, zoo_cas
         return local.gradients(batch, theta, delta), decrease
 
     whole, promised = found()
-    monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", 8)
+    monkeypatch.setattr(splitting, "POSITIONS_AT_ONCE", 8)
     seen, outputs = [], case.objective.outputs
 
     def noted(batch, *given):

@@ -17,7 +17,7 @@ from hessprobe.errors import UserError
 from hessprobe.kernels.layer_kernels import layer_kernels
 from hessprobe.optimization.local_model import local_gradient
 from hessprobe.optimization.model_ladder import model_ladder
-from hessprobe.problem.losses import loss_named
+from hessprobe.problem.loss_names import loss_named
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from tests.models import IGNORED, labels, real, redraw, seeded

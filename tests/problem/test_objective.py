@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError
-from hessprobe.problem import objective as objectives
+from hessprobe.problem import splitting
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
@@ -259,7 +259,7 @@ def test_a_long_batch_goes_through_the_model_in_pieces(monkeypatch, zoo_case, mo
     batch[1][4] = IGNORED  # a piece without a target
     theta = case.partition.vector(case.problem.model)
     loss, gradient = case.objective.gradient(batch, case.partition, case.partition.unflatten(1.1 * theta))
-    monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", most)
+    monkeypatch.setattr(splitting, "POSITIONS_AT_ONCE", most)
     objective = Objective(case.problem.model, loss=case.problem.loss)
     assert [len(inputs) for inputs, _ in objective.pieces(batch)] == sizes
     seen = passes(objective, monkeypatch)
@@ -274,7 +274,7 @@ def test_a_long_batch_goes_through_the_model_in_pieces(monkeypatch, zoo_case, mo
 
 def test_whether_a_long_batch_can_be_cut_is_seen_from_a_part_of_it(monkeypatch, zoo_case):
     case, (inputs, targets) = zoo_case("decoder"), (torch.zeros(9, 4, dtype=torch.long),) * 2
-    monkeypatch.setattr(objectives, "POSITIONS_AT_ONCE", 12)
+    monkeypatch.setattr(splitting, "POSITIONS_AT_ONCE", 12)
     objective = Objective(case.problem.model)
     seen = passes(objective, monkeypatch)
     assert len(objective.pieces((inputs, targets))) == 3

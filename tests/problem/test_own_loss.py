@@ -182,12 +182,22 @@ def test_real_labels_are_measured_by_the_models_own_loss(outputs, rule):
 
 
 # Families whose names mislead, and encoder-decoders that make their decoder inputs of the labels.
-FAMILIES = (
-    "GPT2LMHeadModel LlamaForCausalLM BartForCausalLM MarianForCausalLM TrOCRForCausalLM XLNetLMHeadModel "
-    "XLMWithLMHeadModel BertGenerationDecoder BertForMaskedLM GPT2ForSequenceClassification "
-    "T5ForConditionalGeneration BartForConditionalGeneration BlenderbotForConditionalGeneration "
-    "M2M100ForConditionalGeneration"
-).split()
+FAMILIES = [
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
+    "BartForCausalLM",
+    "MarianForCausalLM",
+    "TrOCRForCausalLM",
+    "XLNetLMHeadModel",
+    "XLMWithLMHeadModel",
+    "BertGenerationDecoder",
+    "BertForMaskedLM",
+    "GPT2ForSequenceClassification",
+    "T5ForConditionalGeneration",
+    "BartForConditionalGeneration",
+    "BlenderbotForConditionalGeneration",
+    "M2M100ForConditionalGeneration",
+]
 SIZES = {
     "vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
     "intermediate_size": 8, "max_position_embeddings": 16, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import chain
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_twelve_layers_of_ours_are_fourteen_blocks():
     config = DecoderConfig(layers=12, width=4, feedforward=4, heads=1, vocabulary=5, context=4)
     partition = Partition.of(Decoder(config, generator=seeded(0)))
     assert len(partition) == 14
-    assert len(set(partition.sizes[f"block.{i}"] for i in range(11))) == 1
+    assert len({partition.sizes[f"block.{i}"] for i in range(11)}) == 1
     assert partition.sizes["block.11"] == partition.sizes["block.10"] + 4
 
 
@@ -174,7 +175,7 @@ def test_the_summary_counts_parameters_by_the_way_they_were_measured():
 def test_known_names_say_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Partition.of(named(*sum(CODES["GPT-2"], []))).notes == ()
+        assert Partition.of(named(*chain.from_iterable(CODES["GPT-2"]))).notes == ()
 
 
 def test_module_and_parameter_partitions_follow_the_module_tree():

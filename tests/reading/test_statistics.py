@@ -45,8 +45,8 @@ def test_one_seed_has_no_error_and_claims_nothing():
 
 
 def test_equal_counts_are_as_uncertain_as_counting_in_whole_steps():
-    same = {seed: 20.0 for seed in range(3)}
-    found = ratio(same, {seed: 10.0 for seed in range(3)}, rounding=0.03, other_rounding=0.04)
+    same = dict.fromkeys(range(3), 20.0)
+    found = ratio(same, dict.fromkeys(range(3), 10.0), rounding=0.03, other_rounding=0.04)
     assert found.stderr == pytest.approx(2.0 * 0.05 / np.sqrt(3))
     assert ratio({0: 20.0, 1: 30.0}, {0: 10.0, 1: 10.0}, rounding=0.001).stderr == pytest.approx(
         ratio({0: 20.0, 1: 30.0}, {0: 10.0, 1: 10.0}).stderr

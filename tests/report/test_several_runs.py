@@ -16,15 +16,14 @@ import zarr
 from hessprobe.analysis import open_run
 from hessprobe.cli import main
 from hessprobe.errors import UserError
+from hessprobe.instruments.cross_layer.answers import coupling_difference
 from hessprobe.reading.labelled import labels
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.trend import standard_errors_of_largest
 from hessprobe.report.asking import Asked, ask
-from hessprobe.report.beside import coupling_difference
 from hessprobe.report.differences import differences
 from hessprobe.report.findings import findings_of
 from hessprobe.report.several_runs import write_runs_report
-from hessprobe.report.until_slices import beside
 from tests.report.odd_text import HOSTILE
 from tests.report.page_reading import numbers, script_json
 from tests.report.runs import LAYERS, write_run
@@ -83,7 +82,7 @@ def test_every_line_is_what_is_stored_and_matrices_are_of_the_last_common_step(t
         off = ~np.eye(len(LAYERS), dtype=bool)
         np.testing.assert_allclose(shown[off], matrix[-1][off], rtol=1e-6)
     means = [[np.diagonal(m[-1], offset=d).mean() for d in range(1, 6)] for m in stored(runs, "coupling")]
-    for line, expected in zip(charts["distance"]["data"], means, strict=True):
+    for line, expected in zip(charts["coupling_by_distance"]["data"], means, strict=True):
         np.testing.assert_allclose(numbers(line["y"]), expected)
     for line, values in zip(charts["loss"]["data"], stored(runs, "held_out_loss", "train", 99), strict=True):
         np.testing.assert_array_equal(numbers(line["y"]), values[np.isfinite(values)])
@@ -138,8 +137,7 @@ def test_two_runs_are_told_apart_or_not(runs, apart, resolved):
 
 
 def test_the_difference_of_couplings_is_blank_within_its_errors(runs):
-    asked = asked_of(runs)
-    apart = coupling_difference(*beside(asked.labels, asked.trees, asked.runs["cross_layer"]))
+    apart = coupling_difference(*(run.compared for run in asked_of(runs).runs["cross_layer"]))
     assert apart is not None
     (first, second), (e1, e2) = ([x[-1] for x in stored(runs, n)] for n in ("coupling", "coupling_stderr"))
     size, stderr = second - first, np.hypot(e1, e2)

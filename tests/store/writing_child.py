@@ -60,10 +60,11 @@ def row(step: int) -> dict[str, object]:
 def write_forever(folder: Path, acknowledged: int) -> None:
     """Continues the run a few rows before its end, as a run resumed from a checkpoint does."""
     layout.GROWTH_ROWS = rows.GROWTH_ROWS = 16  # a good part of the kills shall hit a table as it grows
-    if (folder / "log.zarr").exists():
-        writer = RunWriter.reopen(folder)
-    else:
-        writer = RunWriter.create(folder, {"name": "killed"})
+    writer = (
+        RunWriter.reopen(folder)
+        if (folder / "log.zarr").exists()
+        else RunWriter.create(folder, {"name": "killed"})
+    )
     writer.add_table(table("fixed"), range(STEPS))
     writer.add_table(table("growing"), None)
     start = len(writer.recorded_steps("growing"))

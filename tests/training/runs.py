@@ -13,7 +13,7 @@ import xarray as xr
 
 from hessprobe.recipe import Recipe, build_recipe
 
-WORDS = "layer block head gradient curvature matrix step of the and".split()
+WORDS = ["layer", "block", "head", "gradient", "curvature", "matrix", "step", "of", "the", "and"]
 # What differs between two runs of one recipe: the clock's doing.
 CLOCK = ("seconds", "probe_seconds", "peak_memory")
 

@@ -1,4 +1,4 @@
-"""The table `cross_layer` in the terminal: coupling of every pair in its last measured row, shares between layers, cost."""
+"""The table `cross_layer` in the terminal: what the last measured row says of layers."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hessprobe.instruments.cross_layer.answers import coupling, cross_share, strongest_pairs
-from hessprobe.reading.rows import sound_rows
+from hessprobe.instruments.cross_layer.answers import CrossLayerAnswers
 from hessprobe.reading.wording import basis, percent, plus_minus
 
+MATRIX_UP_TO = 16  # blocks
+PAIRS_SHOWN = 16
 
-def show_cross_layer(table: xr.Dataset, console: Console) -> None:
+
+def show(answers: CrossLayerAnswers, console: Console) -> None:
     """Prints the last measured row: coupling of every pair with errors, shares between layers, cost."""
-    rows = coupling(table)
-    if rows.sizes["step"] == 0:
+    pairs = answers.strongest_pairs
+    if pairs is None:
         console.print("no row holds a number")
         return
-    row = rows.isel(step=-1)
-    whole = table.sel(step=int(row["step"])).load()
+    row, whole = answers.coupling.isel(step=-1), answers.measured.isel(step=-1)
     console.print(f"step {int(row['step'])}  {basis(whole)}", highlight=False)
-    for part in _matrix(row, console.width) if row.sizes["block"] <= 16 else [_pairs(row)]:
+    few = row.sizes["block"] <= MATRIX_UP_TO
+    for part in _matrix(row, pairs, console.width) if few else [_pairs(pairs)]:
         console.print(part)
     facts = []
     if "off_block_energy" in whole:
         energy, error = float(whole["off_block_energy"]), float(whole["off_block_energy_stderr"])
         facts.append(f"off-block energy  {percent(energy, error)}")
-    if sound_rows(table, "step_curvature").sizes["step"]:
-        shares = cross_share(whole["step_curvature"])
+    if answers.cross_share is not None:
+        shares = answers.cross_share.reindex(step=[int(row["step"])]).isel(step=0)
         facts += [
             f"cross share along {str(direction).replace('_', ' ')}  "
             f"{percent(float(shares.sel(direction=direction)))}"
@@ -42,7 +44,7 @@ def show_cross_layer(table: xr.Dataset, console: Console) -> None:
         console.print(fact, highlight=False, markup=False)
 
 
-def _matrix(row: xr.Dataset, width: int) -> list[Table]:
+def _matrix(row: xr.Dataset, pairs: xr.Dataset, width: int) -> list[Table]:
     """Returns the coupling of every pair with its error; where that is too wide, bare values and ranks."""
     names = [escape(str(name)) for name in row["block"].values]
     values, errors = row["coupling"].values, row["coupling_stderr"].values
@@ -65,15 +67,14 @@ def _matrix(row: xr.Dataset, width: int) -> list[Table]:
             else [f"{values[i, j]:.2f}".replace("0.", ".", 1) if j > i else "" for j in range(len(names))]
         )
         shown.add_row(name if fits else f"{i} {name}", *numbers[1:])
-    return [shown] if fits else [shown, _pairs(row)]
+    return [shown] if fits else [shown, _pairs(pairs)]
 
 
-def _pairs(row: xr.Dataset) -> Table:
+def _pairs(pairs: xr.Dataset) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="dim", title="strongest pairs", title_justify="left")
     for heading in ("block", "other block", "coupling"):
         shown.add_column(heading, justify="left" if heading != "coupling" else "right")
-    pairs = strongest_pairs(row, count=16)
-    for i in range(pairs.sizes["pair"]):
+    for i in range(min(PAIRS_SHOWN, pairs.sizes["pair"])):
         names = (escape(str(pairs[side].values[i])) for side in ("block", "other_block"))
         shown.add_row(
             *names, plus_minus(float(pairs["coupling"].values[i]), float(pairs["coupling_stderr"].values[i]))

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hessprobe.instruments.instrument import STDERR
-from hessprobe.schema.table import CHECK_VARIABLES, MEASUREMENT_VARIABLES, RECORDED
+from hessprobe.instruments.row_variables import CHECK_VARIABLES, MEASUREMENT_VARIABLES
+from hessprobe.schema.table import RECORDED
 
 NUMBERS_SAID = 3
 # What every instrument's rows hold: the page's section on costs and its findings on symmetry speak of them.

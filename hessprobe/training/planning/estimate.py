@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hessprobe.curvature import cost as cost_of
 from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.optimization.baselines import BASELINE_REFRESH
-from hessprobe.optimization.group_models import LocalModels, product_cost
+from hessprobe.optimization.group_models import LocalModels
 from hessprobe.optimization.inner_solver import LARGEST, hidden_matrices
-from hessprobe.problem.objective import Objective, sequences_at_once
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.splitting import sequences_at_once
 from hessprobe.recipe import OptimizerRecipe
 from hessprobe.training.optimizers import gauss_newton_settings
 
@@ -62,10 +64,10 @@ def cost(recipe: OptimizerRecipe, model: Decoder, partition: Partition) -> float
         products = len(names) * (
             settings.cg_iterations + 2
         )  # besides the iterations one to start and one to check
-        solving = recipe.minibatches * (1 + products * product_cost(len(names)))
+        solving = recipe.minibatches * (1 + products * cost_of.dual_pass(len(names)))
     else:
         solving = local.cost * (recipe.inner_steps or recipe.minibatches)
-    return solving + ((recipe.step_sizes + 1) / 3 + 1) * recipe.searched
+    return solving + (cost_of.line_search(recipe.step_sizes) + 1) * recipe.searched
 
 
 def memory(recipe: OptimizerRecipe, model: Decoder, partition: Partition) -> Memory:

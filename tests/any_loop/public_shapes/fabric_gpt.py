@@ -137,7 +137,7 @@ def train(
     for train_data in loader:
         if step_count >= max_steps:
             break
-        iter_num += 1
+        iter_num += 1  # noqa: SIM113 (as those loops do)
         input_ids = train_data[:, 0:CONTEXT].contiguous().long()
         targets = train_data[:, 1 : CONTEXT + 1].contiguous().long()
         is_accumulating = iter_num % accumulation != 0

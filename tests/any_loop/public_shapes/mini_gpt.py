@@ -131,7 +131,7 @@ class Trainer:
         while self.iter_num < self.max_iters:
             batch = [t.to("cpu") for t in next(data)]
             x, y = batch
-            logits, self.loss = self.model(x, y)
+            _logits, self.loss = self.model(x, y)
             self.batch = batch  # added
             watch(self.model, batch, self.loss)
             self.model.zero_grad(set_to_none=True)

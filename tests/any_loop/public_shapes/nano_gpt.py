@@ -135,7 +135,7 @@ def train(
             group["lr"] = 1e-2 * (iter_num + 1) / max_iters
         for _micro_step in range(gradient_accumulation_steps):
             with ctx:
-                logits, loss = model(X, Y)
+                _logits, loss = model(X, Y)
                 loss = loss / gradient_accumulation_steps
             watch(raw_model, (X, Y), loss * gradient_accumulation_steps)
             micro.append((X, Y))  # added

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.curvature.along import curvature_along
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
@@ -63,7 +64,7 @@ class CrossLayerProbe(Probe):
     def measure(self, snapshot: Snapshot) -> Row:
         if is_sharded(snapshot.objective.model):
             return self._of_shards(snapshot)
-        objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.batches
+        objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.micro_batches
         operator = self._matrix(snapshot)
         loss, gradient = objective.gradient(batches, partition, snapshot.named_parameters)
         nowhere = torch.full_like(gradient, torch.nan)
@@ -80,8 +81,8 @@ class CrossLayerProbe(Probe):
             "step_slope": torch.stack([_blockwise(gradient * d, partition) for d in directions.values()]),
             "gradient_norm2": _blockwise(gradient.square(), partition),
             "loss": loss,
-            "tokens": objective.tokens(batches),
-            "sequences": sum(objective.sequence_shape(batch)[0] for batch in batches),
+            "tokens": batches.tokens,
+            "sequences": batches.sequences,
             "damping": 0.0,  # of G itself; jacobi_radius has its own, an attribute of the table
             "symmetry_gap": symmetry_gap(operator, generator=snapshot.generator(f"{self.name}/symmetry")),
             "gradient_equivalents": self.cost(partition, spent),
@@ -97,16 +98,12 @@ class CrossLayerProbe(Probe):
         if kernels is not None:
             norms = kernels
         elif self.recipe.uses_kernels:
-            # Forward, activations' backward and weights' gradients a round; a Gram matrix is m^2 p multiply-adds, where
-            # a gradient is 3 p a token.
-            norms = sum((1 + 2 * rounds) / 3 for rounds in self.recipe.attempts)
+            norms = sum(cost.layer_kernels(rounds) for rounds in self.recipe.attempts)
         else:
-            a_product, once = {"gauss_newton": (4, 2), "hessian": (6, 3), "residual": (10, 5)}[
-                self.recipe.matrix
-            ]
-            norms = layers * (a_product * self.recipe.samples + once) / 3
-        tangents = 1 + len(DIRECTIONS) * (layers + 3) / 6  # of one linearisation
-        return norms + tangents + 1 + (4 * 2 + 2) / 3  # and the gradient, and the symmetry check
+            norms = cost.products(self.recipe.matrix, self.recipe.samples, times=layers)
+        along = cost.curvature_along(len(DIRECTIONS), layers)
+        symmetry = cost.products("gauss_newton", 2)
+        return norms + along + 1 + symmetry  # 1: the gradient
 
     def vectors(self, partition: Partition) -> float:
         # Gradient, update and the other way, then the symmetry check's two rows, or a block's probes, and their products.
@@ -133,8 +130,8 @@ class CrossLayerProbe(Probe):
             "step_curvature": along[:, :, None].expand(-1, -1, layers),
             "step_slope": along,
             "gradient_norm2": along[0],
-            "tokens": snapshot.objective.tokens(snapshot.batches),
-            "sequences": sum(snapshot.objective.sequence_shape(batch)[0] for batch in snapshot.batches),
+            "tokens": snapshot.micro_batches.tokens,
+            "sequences": snapshot.micro_batches.sequences,
             "damping": 0.0,
             "symmetry_gap": nowhere,
             "gradient_equivalents": spent,
@@ -149,14 +146,14 @@ class CrossLayerProbe(Probe):
         objective, partition = snapshot.objective, snapshot.partition
         theta = snapshot.parameters if directions else None
         if self._plan is None:
-            self._plan = verified_plan(objective, snapshot.batches, partition, theta)
+            self._plan = verified_plan(objective, snapshot.micro_batches, partition, theta)
         first, *again = self.recipe.attempts
         rounds, spent = first, 0.0
         generator = snapshot.generator(self.name)
         while True:
             found = layer_kernels(
                 objective,
-                snapshot.batches,
+                snapshot.micro_batches,
                 partition,
                 rounds=rounds,
                 generator=generator,
@@ -229,7 +226,7 @@ class CrossLayerProbe(Probe):
     def _operator(self, kind: Callable[..., Operator], snapshot: Snapshot) -> Operator:
         return kind(
             snapshot.objective,
-            snapshot.batches,
+            snapshot.micro_batches,
             snapshot.partition,
             parameters=snapshot.parameters,
             memory=self._memory or PRODUCTS_MEMORY,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
 from hessprobe.curvature.model_operator import DEFAULT_MEMORY
@@ -56,12 +57,11 @@ class GNHessianProbe(Probe):
         return gn_hessian_table(self.recipe, partition.blocks)
 
     def measure(self, snapshot: Snapshot) -> Row:
-        objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.batches
+        objective, partition, batches = snapshot.objective, snapshot.partition, snapshot.micro_batches
         gauss_newton, hessian, residual = self._operators(snapshot)
         loss, gradient = objective.gradient(batches, partition, snapshot.named_parameters)
-        sequences = sum(objective.sequence_shape(batch)[0] for batch in batches)
         known = None
-        if self._knows_traces(sequences):
+        if self._knows_traces(batches.sequences):
             known = self._traces.measure(snapshot, snapshot.generator(f"{self.name}/traces"))
         norms, symmetry_gap = self._norms(snapshot, gauss_newton, residual, known)
         operators: Operators = dict(zip(MATRICES, (gauss_newton, hessian, residual), strict=True))
@@ -83,8 +83,8 @@ class GNHessianProbe(Probe):
             "gauss_newton_step_residual": step.residual[0],
             "gauss_newton_step_iterations": step.iterations,
             "loss": loss,
-            "tokens": objective.tokens(batches),
-            "sequences": sequences,
+            "tokens": batches.tokens,
+            "sequences": batches.sequences,
             "damping": 0.0,  # of G and H themselves; the Gauss-Newton step has its own, an attribute of the table
             "symmetry_gap": symmetry_gap,
             "trace_rounds": 0 if known is None else ROUNDS,
@@ -101,17 +101,13 @@ class GNHessianProbe(Probe):
         recipe, layers = self.recipe, len(partition)
         if traces is None:
             traces = COST if self._knows_traces(self.sequences) else 0.0
-        g, h = 4 / 3, 2.0  # a product of G; one of H, or of R
-        share = (
-            1 + 1 / layers
-        ) / 2  # of a product restricted to the mean block: nothing is computed below it
-        graphs = 3 + (layers + 3) / 6 + 2 / 3  # made once, and J compared with its transpose
+        g, h, share = cost.gauss_newton_products(), cost.HESSIAN_PRODUCT, cost.mean_block(layers)
         norms = (recipe.samples + recipe.block_samples * layers * share) * (g + h)
         krylov = recipe.lanczos_steps * recipe.lanczos_probes
         densities = krylov * (1 + share * len(set(recipe.density_blocks))) * (g + 2 * h)
         solve = g * (1 + (recipe.cg_iterations if step is None else step.iterations))
-        along = len(DIRECTIONS) * (1 + h) + len(LADDER_DIRECTIONS) * len(recipe.alphas) / 3
-        return 1 + graphs + traces + norms + densities + solve + along
+        along = len(DIRECTIONS) * (1 + h) + len(LADDER_DIRECTIONS) * cost.passes(len(recipe.alphas), 0)
+        return 1 + cost.graphs(layers) + traces + norms + densities + solve + along
 
     def vectors(self, partition: Partition) -> float:
         recipe, together = self.recipe, self._starts_at_once(partition.size)
@@ -128,7 +124,7 @@ class GNHessianProbe(Probe):
 
     def _operators(self, snapshot: Snapshot) -> tuple[GaussNewton, Hessian, Residual]:
         """Returns the three matrices, each with the graph it takes its many products from."""
-        at = snapshot.objective, snapshot.batches, snapshot.partition
+        at = snapshot.objective, snapshot.micro_batches, snapshot.partition
         given: dict[str, Any] = {"parameters": snapshot.parameters, "memory": self._memory}
         each, compare = self._memory // len(MATRICES), not self._compared
         return (
@@ -217,7 +213,7 @@ class GNHessianProbe(Probe):
         ladders = {
             name: model_ladder(
                 snapshot.objective,
-                snapshot.batches,
+                snapshot.micro_batches,
                 snapshot.partition,
                 torch.where(usable[i], d, 0.0),
                 self.recipe.alphas if name in LADDER_DIRECTIONS else (),

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
+from hessprobe.curvature.cost import layer_kernels as layer_kernels_cost
 from hessprobe.errors import RunFailed
 from hessprobe.estimation.sampling import Estimate
 from hessprobe.instruments.gn_hessian.table import ROUNDS
 from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
-from hessprobe.kernels.verification import tokens_of, verified_plan
+from hessprobe.kernels.verification import verified_plan
+from hessprobe.machine.processes import together
 
-COST = (1 + 2 * ROUNDS) / 3  # gradients of the batch, where every parameter has a fast path
+COST = layer_kernels_cost(ROUNDS)
 # Traces need no pairs of sequences, so only as many tokens go together as fill the device (however many processes share
 # them: the signs must not depend on that): nothing is held for long, and Gram matrices stay small.
 TOKENS_TOGETHER = {"cpu": 1024, "cuda": 8192}
@@ -64,25 +66,23 @@ class TraceKernels:
         if self._refused:
             return None
         try:
-            with snapshot.objective.processes.together():
-                return self._measured(snapshot, generator)
+            return self._measured(snapshot, generator)
         except RunFailed:  # another process is gone: nothing can go on
             raise
         except (ValueError, RuntimeError, NotImplementedError, LookupError, TypeError, MemoryError):
             self._refused = True
             return None
 
+    @together(lambda _, snapshot, __: snapshot.objective.processes)
     def _measured(self, snapshot: Snapshot, generator: torch.Generator) -> KernelTraces:
-        objective, found = snapshot.objective, []
+        objective, batches, found = snapshot.objective, snapshot.micro_batches, []
         if self._plan is None:
-            self._plan = verified_plan(objective, snapshot.batches, snapshot.partition, snapshot.parameters)
+            self._plan = verified_plan(objective, batches, snapshot.partition, snapshot.parameters)
         together = TOKENS_TOGETHER.get(snapshot.parameters.device.type, TOKENS_TOGETHER["cuda"])
-        for batch in snapshot.batches:
-            count, positions = objective.sequence_shape(batch)
-            pieces = math.ceil(count / max(1, together // positions))
-            for piece in objective.split(batch, pieces):
-                if not tokens_of(objective, piece).any():
-                    continue
+        for batch, (count, positions) in zip(batches, batches.shapes, strict=True):
+            pieces = batches.parted(objective.split(batch, math.ceil(count / max(1, together // positions))))
+            read = [i for i, tokens in enumerate(pieces.sequence_weights) if tokens.any()]
+            for piece in (pieces[i : i + 1] for i in read):
                 kernels = layer_kernels(
                     objective,
                     piece,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hessprobe.errors import UserError
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.problem.batches import Batch
-from hessprobe.problem.objective import Objective
+from hessprobe.problem.micro_batches import MicroBatches
+from hessprobe.problem.splitting import can_be_cut
 
 
 class SharedOut:
@@ -24,11 +25,9 @@ class SharedOut:
         UserError: a single sequence.
     """
 
-    def __init__(self, objective: Objective, batches: list[Batch], recipe: PreconditionerRecipe) -> None:
-        self.objective, self.recipe = objective, recipe
-        self.batches = objective.micro_batches(batches)
-        self._counts = [objective.sequence_shape(batch)[0] for batch in self.batches]
-        count, self.shrunk = sum(self._counts), ""
+    def __init__(self, batches: MicroBatches, recipe: PreconditionerRecipe) -> None:
+        self.batches, self.recipe = batches, recipe
+        count, self.shrunk = batches.sequences, ""
         self.draws, self.sizes, self.held_out_sequences = laid_out(recipe, count)
         if count < recipe.sequences:
             sizes = ", ".join(map(str, self.sizes))
@@ -40,36 +39,31 @@ class SharedOut:
                 "preconditioner.curvature_sequences and preconditioner.held_out_sequences"
             )
 
-    def curvature(self, draw: int, sequences: int) -> list[Batch]:
+    def curvature(self, draw: int, sequences: int) -> MicroBatches:
         """Returns the first so many sequences of a draw."""
         start = draw * self.sizes[-1]
         return self._between(start, start + sequences)
 
     @property
-    def held_out(self) -> list[Batch]:
+    def held_out(self) -> MicroBatches:
         """The sequences that no candidate sees."""
         start = self.draws * self.sizes[-1]
         return self._between(start, start + self.held_out_sequences)
 
-    def _between(self, start: int, stop: int) -> list[Batch]:
+    def _between(self, start: int, stop: int) -> MicroBatches:
         """Returns sequences start to stop, numbered through the micro-batches."""
-        found, first = [], 0
-        for batch, count in zip(self.batches, self._counts, strict=True):
-            low, high = max(start - first, 0), min(stop - first, count)
-            first += count
-            if low >= high:
-                continue
-            if high - low == count:
-                found.append(batch)
-                continue
-            if len(self.objective.split(batch, 2)) == 1:
+        objective = self.batches.objective
+
+        def cut(number: int, low: int, high: int) -> Batch:
+            if not can_be_cut(objective, self.batches[number]):
                 raise UserError(
-                    f"preconditioner: this batch of {count} sequences cannot be cut into curvature and held-out "
-                    "sequences: its sequences see each other, or forward= or targets= of the objective read it. Give "
-                    "micro-batches that end where the recipe's batches end"
+                    f"preconditioner: this batch of {self.batches.counts[number]} sequences cannot be cut into curvature "
+                    "and held-out sequences: its sequences see each other, or forward= or targets= of the objective read "
+                    "it. Give micro-batches that end where the recipe's batches end"
                 )
-            found.append(self.objective.cut(batch, low, high))
-        return found
+            return objective.cut(self.batches[number], low, high)
+
+        return self.batches.between(start, stop, cut)
 
 
 def laid_out(recipe: PreconditionerRecipe, count: int) -> tuple[int, tuple[int, ...], int]:

@@ -9,21 +9,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from hessprobe.curvature import cost
 from hessprobe.estimation.block_norms import symmetry_gap
 from hessprobe.estimation.conditioning import conditioning
 from hessprobe.instruments.preconditioner.measure.batches import SharedOut
-from hessprobe.instruments.preconditioner.measure.candidates import (
-    MOST_GRADIENTS,
-    Answer,
-    Candidate,
-    Candidates,
-)
+from hessprobe.instruments.preconditioner.measure.candidates.candidate import Answer, Candidate, Function
+from hessprobe.instruments.preconditioner.measure.candidates.chosen import Candidates
 from hessprobe.instruments.preconditioner.measure.row import PreconditionerRow
-from hessprobe.instruments.preconditioner.measure.site import Site, product_cost
+from hessprobe.instruments.preconditioner.measure.site import Site
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
-from hessprobe.instruments.preconditioner.table import preconditioner_table
+from hessprobe.instruments.preconditioner.table import LAYERWISE, preconditioner_table
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
-from hessprobe.problem.batches import Batch
+from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.partition import Partition
 from hessprobe.schema.table import Table
 
@@ -36,8 +33,8 @@ class PreconditionerProbe(Probe):
 
     Args:
         recipe: sizes, dampings, candidates, budgets.
-        candidates: further ones by name, function(gradient (p,), snapshot) -> direction (p,): the snapshot holds the
-            curvature batch as its batches.
+        candidates: further ones by name, a `Candidate` or function(gradient (p,), snapshot) -> direction (p,): the snapshot
+            holds the curvature batch as its batches.
 
     A batch of fewer sequences than the recipe lays out is measured as far as it goes, which is said once; the row says how
     far (curvature_sequences_read, held_out_sequences_read).
@@ -54,7 +51,7 @@ class PreconditionerProbe(Probe):
     needs_optimizer = True
 
     def __init__(
-        self, recipe: PreconditionerRecipe, candidates: Mapping[str, Candidate] | None = None
+        self, recipe: PreconditionerRecipe, candidates: Mapping[str, Candidate | Function] | None = None
     ) -> None:
         self.recipe = recipe
         self.every = recipe.every
@@ -68,12 +65,11 @@ class PreconditionerProbe(Probe):
         return self.recipe.curvature_sequences[-1]
 
     def table(self, partition: Partition) -> Table:
-        for name in self.candidates.names:
-            self.candidates.groups(name, partition)  # a grouping that does not fit is told before the run
+        self.candidates.groups(partition)  # a grouping that does not fit is told before the run
         return preconditioner_table(self.recipe, partition.blocks, self.candidates.names)
 
     def measure(self, snapshot: Snapshot) -> Row:
-        recipe, shared = self.recipe, SharedOut(snapshot.objective, snapshot.batches, self.recipe)
+        recipe, shared = self.recipe, SharedOut(snapshot.micro_batches, self.recipe)
         if shared.shrunk and not self._said_shrunk and snapshot.objective.processes.is_first:
             self._said_shrunk = True
             LOGGER.warning("step %d: %s", snapshot.step, shared.shrunk)
@@ -92,37 +88,36 @@ class PreconditionerProbe(Probe):
                     generator = snapshot.generator(f"{self.name}/symmetry")
                     gap = symmetry_gap(site.gauss_newton, generator=generator)
                     measurement = {"loss": site.loss, "symmetry_gap": gap}
-                    site.spent += 2 * product_cost(1)
+                    site.spent += 2 * cost.gauss_newton_products()
                 spent += site.spent * site.sequences
         spent += held_out.spent * held_out.sequences
         return {
             **row.cells,
             **measurement,
-            "tokens": snapshot.objective.tokens(snapshot.batches),
-            "sequences": sum(snapshot.objective.sequence_shape(batch)[0] for batch in snapshot.batches),
+            "tokens": snapshot.micro_batches.tokens,
+            "sequences": snapshot.micro_batches.sequences,
             "gradient_equivalents": spent / shared.sizes[-1],
         }
 
     def cost(self, partition: Partition) -> float:
         recipe, layers, dampings = self.recipe, len(partition), len(self.recipe.dampings)
-        groups = [self.candidates.groups(name, partition) for name in self.candidates.names]
-        solves = {found for found in groups if found is not None} | {(partition.blocks,)}
+        candidates = self.candidates.all.values()
+        solves = {*self.candidates.groups(partition), (partition.blocks,)}
         iterations = recipe.cg_iterations + dampings
-        solved = sum(product_cost(len(found)) for found in solves) * iterations
+        products = cost.gauss_newton_products
+        solved = sum(products(len(found)) for found in solves) * iterations
         # Directions to judge: one for each damping where it depends on it, and the optimum's.
-        names = zip(self.candidates.names, groups, strict=True)
-        many = [found is not None or name in ("kfac", "ekfac", "diagonal_gn") for name, found in names]
-        judged = sum(dampings if each else 1 for each in many) * product_cost(1) / 2
-        built = sum(MOST_GRADIENTS.get(name, 0.0) for name in self.candidates.names)
+        judged = sum(dampings if each.damped else 1 for each in candidates) * cost.tangents()
+        built = sum(each.most_gradients for each in candidates)
         share = sum(recipe.curvature_sequences) / self.unit_sequences
         held_out = recipe.held_out_sequences / self.unit_sequences
-        by_block = product_cost(layers) / 2 * len(many)
-        linear = sum(name in ("gradient", "kfac", "ekfac", "diagonal_gn") for name in self.candidates.names)
-        layerwise = 0.0 if "layerwise_gn" in self.candidates.names else product_cost(layers) * iterations
-        on_curvature = recipe.draws * share * (2 + solved + judged + dampings * product_cost(1) / 2 + built)
-        on_held_out = 2 + product_cost(1) * (iterations + dampings / 2)
+        by_block = cost.tangents(layers) * len(candidates)
+        linear = sum(each.linear for each in candidates)
+        layerwise = 0.0 if LAYERWISE in self.candidates.names else products(layers) * iterations
+        on_curvature = recipe.draws * share * (2 + solved + judged + dampings * cost.tangents() + built)
+        on_held_out = 2 + products() * (iterations + dampings / 2)
         on_held_out += recipe.draws * len(recipe.curvature_sequences) * judged + by_block
-        once = by_block + layerwise + product_cost(1) * (2 + linear * dampings * recipe.condition_steps)
+        once = by_block + layerwise + products() * (2 + linear * dampings * recipe.condition_steps)
         return on_curvature + held_out * on_held_out + once
 
     def vectors(self, partition: Partition) -> float:
@@ -132,7 +127,7 @@ class PreconditionerProbe(Probe):
         # an optimizer and its copy, a candidate's directions; Lanczos vectors and their images.
         return len(recipe.dampings) * (solves + 3) + 14 + 2 * recipe.condition_steps
 
-    def _site(self, snapshot: Snapshot, batches: list[Batch], folds: int = 1) -> Site:
+    def _site(self, snapshot: Snapshot, batches: MicroBatches, folds: int = 1) -> Site:
         return Site(snapshot, batches, self.recipe, folds=folds, memory=self._memory)
 
     def _candidate(self, name: str, site: Site, row: PreconditionerRow) -> None:
@@ -162,5 +157,5 @@ class PreconditionerProbe(Probe):
             except Exception as error:  # as above
                 row.fail(name, error, "condition number")
                 return
-            site.spent += found.steps * product_cost(1)
+            site.spent += found.steps * cost.gauss_newton_products()
             row.condition(name, i, found)

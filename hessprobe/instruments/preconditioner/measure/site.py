@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hessprobe.curvature import cost
 from hessprobe.curvature.along import curvature_along
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.errors import UserError
@@ -15,7 +16,7 @@ from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.optimization.damped_solves import DampedSolutions, damped_solves
 from hessprobe.optimization.place import Place
-from hessprobe.problem.batches import Batch
+from hessprobe.problem.micro_batches import MicroBatches
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -72,7 +73,7 @@ class Site:
     def __init__(
         self,
         snapshot: Snapshot,
-        batches: list[Batch],
+        batches: MicroBatches,
         recipe: PreconditionerRecipe,
         *,
         folds: int,
@@ -81,7 +82,7 @@ class Site:
         objective, partition = snapshot.objective, snapshot.partition
         self.recipe, self.partition, self.folds = recipe, partition, folds
         self.snapshot = replace(snapshot, batches=batches)
-        self.sequences = sum(objective.sequence_shape(batch)[0] for batch in batches)
+        self.sequences = batches.sequences
         self.loss, gradient = objective.gradient(batches, partition, snapshot.named_parameters)
         if not bool(torch.isfinite(gradient).all()) or not bool(torch.isfinite(self.loss)):
             raise FloatingPointError(f"the loss is {float(self.loss)}, and its gradient is not finite")
@@ -128,7 +129,7 @@ class Site:
                 iterations=self.recipe.cg_iterations,
             )
             self._solved[groups] = found
-            self.spent += found.products * product_cost(len(groups))
+            self.spent += found.products * cost.gauss_newton_products(len(groups))
         return self._solved[groups]
 
     def judge(self, direction: Tensor, *, by_block: bool = False) -> Judged:
@@ -142,7 +143,7 @@ class Site:
             return found if by_block else found.whole
         groups = self.layerwise if by_block else self.full
         along = curvature_along(self.gauss_newton, direction[None], groups=groups, folds=self.folds)
-        self.spent += product_cost(len(groups)) / 2
+        self.spent += cost.tangents(len(groups))
         squares = direction.double().square()
         slices = self.partition.slices
         norm2 = [torch.stack([squares[slices[block]].sum() for block in group]).sum() for group in groups]
@@ -166,11 +167,6 @@ class Site:
         d = self.solve(self.layerwise).x[0]
         found = self.judge(d, by_block=True).decrease(self.recipe.dampings[0])
         return np.where(found > 0, found, np.nan)
-
-
-def product_cost(groups: int) -> float:
-    """Returns gradients for a product of G restricted to each of so many groups of equal work, from a linearisation."""
-    return (groups + 3) / 3
 
 
 def jackknife_stderr(judged: Judged, damping: float, tokens: np.ndarray) -> float:
