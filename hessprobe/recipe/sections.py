@@ -13,7 +13,10 @@ from hessprobe.recipe.study import StudyRecipe
 from hessprobe.schema.section import Positive, Section
 
 PROBES: tuple[str, ...] = tuple(probed())
-ProbeName = str if TYPE_CHECKING else Literal[PROBES]
+if TYPE_CHECKING:
+    ProbeName = str
+else:
+    ProbeName = Literal[PROBES]
 LoggerName = Literal["tensorboard", "wandb"]
 
 

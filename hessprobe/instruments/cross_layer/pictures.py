@@ -207,14 +207,16 @@ def _stable_and_chosen(run: Run) -> list[Line]:
              look=Look(thin=True))
         for end, fill in ((high, False), (low, True))
     ]  # fmt: skip
-    trained = run.run is not None and "train" in run.run.children
-    chosen = sound_rows(run.run["train"].to_dataset(), "step_size") if trained else xr.Dataset()
-    if chosen.sizes.get("step"):
-        sizes = chosen["step_size"].values.astype(float)
-        look = Look(color="second", marker="circle")
-        lines.append(
-            Line(label="chosen by the line search", x=chosen["step"].values, y=sizes, dots=True, look=look)
-        )
+    if run.run is not None and "train" in run.run.children:
+        chosen = sound_rows(run.run["train"].to_dataset(), "step_size")
+        if chosen.sizes["step"]:
+            sizes = chosen["step_size"].values.astype(float)
+            look = Look(color="second", marker="circle")
+            lines.append(
+                Line(
+                    label="chosen by the line search", x=chosen["step"].values, y=sizes, dots=True, look=look
+                )
+            )
     return lines
 
 

@@ -23,7 +23,7 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
     """Returns all pictures of training, of one run or several."""
     if len(runs) > 1:
         return [held_out_losses(runs), step_sizes(runs)]
-    of_loss = [losses(runs[0]), *(losses(runs[0], clock) for clock in ON_PAPER)]
+    of_loss: list[Picture] = [losses(runs[0]), *(losses(runs[0], clock) for clock in ON_PAPER)]
     # Steps without a loss are no training to speak of.
     return of_loss if runs[0].answers.summary is None else [*of_loss, step_sizes(runs), decreases(runs[0])]
 
