@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.kernels.division import within_memory
-from hessprobe.kernels.leaves import Leaves
+from hessprobe.problem.leaves import Leaves
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, NotOneCall, Plan, first_plan, without
 from hessprobe.kernels.sequence_gradients import sequence_gradients, watched
 from hessprobe.kernels.stream import Cotangents, Stream
