@@ -45,6 +45,7 @@ class Displaced:
     def norm(self) -> float:
         """Returns |theta|, the same in every process."""
         if self.sharded:
+            _let_go(self.objective.model)
             own = present(self.objective.model, self.partition.shapes).values()
             return sum(float(_whole(p.detach().square().sum())) for p in own) ** 0.5
         return float(torch.stack([x.norm() for x in self._leaves(()).values()]).norm())
@@ -52,15 +53,13 @@ class Displaced:
     def outputs(self, batch: Batch, v: Named | None = None, e: float = 0.0) -> Tensor:
         """Returns z (n, c) without a graph. Cost: a forward pass."""
         with (
+            self._moved(v, e),
             measuring(self.objective.model, forward_mode=False),
             torch.no_grad(),
             warnings.catch_warnings(),  # of checkpoints with use_reentrant=True, which want gradients
         ):
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
-            if not self.sharded:
-                return self.objective.outputs(batch, self._leaves((), v, e))
-            with self._moved(v, e):
-                return self.objective.outputs(batch)
+            return self.objective.outputs(batch, None if self.sharded else self._leaves((), v, e))
 
     def pulled_back(
         self,
@@ -78,10 +77,9 @@ class Displaced:
         Raises:
             UserError: sharded parameters that the model gathers in half precision.
         """
-        with measuring(self.objective.model, forward_mode=False):
+        with self._moved(v, e), measuring(self.objective.model, forward_mode=False):
             if self.sharded:
-                with self._moved(v, e):
-                    return self._from_gathered(batch, cotangent, wanted)
+                return self._from_gathered(batch, cotangent, wanted)
             while True:
                 # All of them want gradients: a checkpoint with use_reentrant=True has none where its inputs want none.
                 leaves = self._leaves(None, v, e)
@@ -144,12 +142,15 @@ class Displaced:
 
     @contextmanager
     def _moved(self, v: Named | None, e: float) -> Iterator[None]:
-        """Moves this process's shards by their part of e v; within it gathered parameters are those moved."""
+        """Moves this process's shards, if any, by their part of e v; within it gathered parameters are those moved."""
+        if not self.sharded:
+            yield
+            return
         model, saved = self.objective.model, list[tuple[Tensor, Tensor]]()
+        _let_go(model)  # what a forward pass of the loop's own has left gathered stands in the shards' places
         own = present(model, self.partition.shapes)
-        _let_go(model)  # a forward pass of the loop's own may have left some gathered
         try:
-            with without_rules(), torch.no_grad():
+            with torch.no_grad():
                 for name, along in (v or {}).items():
                     shard = _local(own[name].detach())
                     saved.append((shard, shard.clone()))
@@ -157,7 +158,7 @@ class Displaced:
                         shard.add_(_part(along, own[name]).to(shard), alpha=e)
             yield
         finally:
-            with without_rules(), torch.no_grad():
+            with torch.no_grad():
                 for shard, before in saved:
                     with torch.autograd._unsafe_preserve_version_counter(shard):
                         shard.copy_(before)
