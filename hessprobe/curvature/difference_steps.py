@@ -107,6 +107,7 @@ class DifferenceSteps:
             UserError: the best e has an error above LARGEST, or products are not symmetric.
         """
         length, distance = _norm(v), self._middle(v)
+        tried, best, error = [distance], distance, lambda e: math.nan
         for _ in range(_ROUNDS):
             tried = [distance * APART**i for i in (-2, -1, 0, 1, 2)]
             vectors = [_flat(self.product(v, d / length)) for d in tried]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from hessprobe.errors import UserError
 from hessprobe.problem.leaves import Leaves
@@ -154,13 +155,13 @@ class Displaced:
                 for name, along in (v or {}).items():
                     shard = _local(own[name].detach())
                     saved.append((shard, shard.clone()))
-                    with torch.autograd._unsafe_preserve_version_counter(shard):
+                    with _unsafe_preserve_version_counter(shard):
                         shard.add_(_part(along, own[name]).to(shard), alpha=e)
             yield
         finally:
             with torch.no_grad():
                 for shard, before in saved:
-                    with torch.autograd._unsafe_preserve_version_counter(shard):
+                    with _unsafe_preserve_version_counter(shard):
                         shard.copy_(before)
             _let_go(model)
 

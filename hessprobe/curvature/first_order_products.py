@@ -21,12 +21,23 @@ from hessprobe.errors import UserError
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.swapping import HALF
 
 if TYPE_CHECKING:
     from hessprobe.curvature.model_operator import ModelOperator
 
 FIRST_ORDER = "first-order"
 SAMPLED = 512  # positions of the batch on which steps are found, or one sequence
+
+
+def check_precision(dtype: torch.dtype) -> None:
+    """Raises a UserError for weights of half precision."""
+    if dtype in HALF:
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"engine {FIRST_ORDER!r}: the weights are {kind}, in which differences of two passes are rounding alone: "
+            "pass parameters=partition.vector(model).float(), and the model computes in float32"
+        )
 
 
 class FirstOrderProducts:

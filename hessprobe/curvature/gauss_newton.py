@@ -63,8 +63,20 @@ class GaussNewton(ModelOperator):
         """
         names = [self.names_in(group) for group in groups]
         rows = [self.partition.unflatten(d) for d in directions]
-        if self.engine == FIRST_ORDER:
-            return self._tangents_by_differences(batch, rows, names)
+        if self.engine != FIRST_ORDER:
+            try:
+                return self._exact_tangents(batch, rows, names)
+            except (RuntimeError, NotImplementedError) as refusal:
+                if is_out_of_memory(refusal) or FIRST_ORDER not in self._engines:
+                    raise
+                self._engines, self._fallen = [FIRST_ORDER], True
+        found = self._tangents_by_differences(batch, rows, names)
+        self._say()
+        return found
+
+    def _exact_tangents(
+        self, batch: Batch, rows: Sequence[dict[str, Tensor]], names: Sequence[tuple[str, ...]]
+    ) -> tuple[Tensor, Tensor]:
         with measuring(self.objective.model):
             while self._may_linearise():
                 try:

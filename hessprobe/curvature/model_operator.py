@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hessprobe.curvature import cost
 from hessprobe.curvature.difference_steps import Named, StepErrors
-from hessprobe.curvature.first_order_products import FIRST_ORDER, FirstOrderProducts
+from hessprobe.curvature.first_order_products import FIRST_ORDER, FirstOrderProducts, check_precision
 from hessprobe.curvature.forward_mode import NoForwardMode
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
 from hessprobe.errors import UserError, unknown_name, warn
@@ -30,7 +30,7 @@ from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import Share, is_sharded
-from hessprobe.problem.swapping import HALF, common_dtype
+from hessprobe.problem.swapping import common_dtype
 
 DEFAULT_MEMORY = 2**29
 
@@ -105,23 +105,15 @@ class ModelOperator(CurvatureOperator):
             raise unknown_name(f"{type(self).__name__} engine", engine, list(sets))
         if not is_sharded(self.objective.model):
             if engine == FIRST_ORDER:
-                self._check_precision()
+                check_precision(self.dtype)
             return sets[engine]
         if FIRST_ORDER not in sets[engine]:
             raise UserError(
                 f"engine={engine!r}: parameters sharded over devices have neither a forward mode nor second derivatives: "
                 f"leave out engine=, or pass engine={FIRST_ORDER!r}"
             )
-        self._check_precision()
+        check_precision(self.dtype)
         return [FIRST_ORDER]
-
-    def _check_precision(self) -> None:
-        if self.dtype in HALF:
-            kind = str(self.dtype).removeprefix("torch.")
-            raise UserError(
-                f"engine {FIRST_ORDER!r}: the weights are {kind}, in which differences of two passes are rounding alone: "
-                "pass parameters=partition.vector(model).float(), and the model computes in float32"
-            )
 
     @property
     def pieces(self) -> MicroBatches:
@@ -271,9 +263,7 @@ class ModelOperator(CurvatureOperator):
                 if not isinstance(refusal, NoSecondDerivatives):
                     raise
                 raise UserError(f"{refusal} Differences of passes do not serve either: {second}") from second
-            if self._fallen and not self._said:
-                self._said = True
-                self._warn()
+            self._say()
             return found
 
     def _check_first_engine(self) -> None:
@@ -299,8 +289,11 @@ class ModelOperator(CurvatureOperator):
             )
         self._trusted = True
 
-    def _warn(self) -> None:
-        errors = self.step_errors
+    def _say(self) -> None:
+        """Warns once where differences are taken for want of derivatives."""
+        if not self._fallen or self._said:
+            return
+        self._said, errors = True, self.step_errors
         warn(
             f"{type(self).__name__}: {type(self.objective.model).__name__} has no second derivatives, so products are from "
             f"differences of gradients and forward passes (engine {FIRST_ORDER!r}), with a relative error of about "
@@ -315,7 +308,7 @@ class ModelOperator(CurvatureOperator):
     @cached_property
     def first_order(self) -> FirstOrderProducts:
         """What makes the products of the engine "first-order"; `measure_steps` tells their errors along any direction."""
-        self._check_precision()
+        check_precision(self.dtype)
         return FirstOrderProducts(
             type(self), self.micro_batches, self.partition, self._theta, compare=not self._fallen
         )

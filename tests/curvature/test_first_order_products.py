@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import hessprobe as hp
@@ -215,7 +216,7 @@ def test_a_backward_pass_that_is_not_the_derivative_is_refused() -> None:
 def test_attention_keeps_its_fused_kernel(zoo_case: Zoo) -> None:
     case, taken = zoo_case("fused_attention"), set[str]()
 
-    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watched(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             taken.add(str(func))
             return func(*args, **(kwargs or {}))
@@ -230,6 +231,8 @@ def test_attention_keeps_its_fused_kernel(zoo_case: Zoo) -> None:
     }
 
 
+# Of torch's own tracing, which looks at every tensor's .grad.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("part", ["whole", "part"])
 def test_compiled_models(zoo_case: Zoo, part: str) -> None:
     case, ran = zoo_case("mlp_classifier"), []
@@ -287,12 +290,16 @@ class Rounded(nn.Module):
         return self.head(self.body(x).bfloat16().tanh().to(x.dtype))
 
 
-def test_half_precision_inside_is_refused_or_stated(generator: Callable[[int], torch.Generator]) -> None:
-    case = in_float32(awkward(Rounded, generator))
+def test_half_precision_inside_the_model_is_in_the_stated_error(
+    generator: Callable[[int], torch.Generator],
+) -> None:
+    class Plain(Rounded):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).tanh())
+
+    plain = awkward(Plain, generator)
+    case, rows = in_float32(awkward(Rounded, generator)), plain.rows(1)
     operator = made(case, "gauss_newton")
-    try:
-        operator.apply(case.rows(1).float())
-    except UserError as refusal:
-        assert "half precision" in str(refusal)
-    else:
-        assert errors_of(operator).error > 1e-3
+    found = operator.apply(rows.float())
+    assert 1e-3 < errors_of(operator).error < 0.1
+    assert off(found, rows @ plain.truth.gauss_newton) < 4 * errors_of(operator).error

@@ -1,8 +1,9 @@
-"""Differences of passes where FSDP2 shards the parameters: products of one process that holds them whole; training untouched."""
+"""Differences of passes where FSDP2 shards the parameters: the products of whole ones, and training untouched."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,11 +74,11 @@ def products_agree(processes: Processes, folder: Path, tied: bool) -> None:
         errors = operator.step_errors
         assert errors is not None and errors.error < 1e-8 and errors.exact is None
         assert float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) < 20 * errors.error, kind
-        everywhere = processes.gathered([got, errors])
-        assert all(torch.equal(theirs, got) and it == errors for theirs, it in everywhere)
-        last = partition.blocks[-1:]
-        part = operator.apply(v, columns=last, rows=last)
-        exact = kind(alone, batches, partition).apply(v, columns=last, rows=last)
+        assert all(torch.equal(theirs, got) for theirs in processes.gathered(got))
+        assert all(theirs == errors for theirs in processes.gathered(errors))
+        within = {"columns": partition.blocks[:1], "rows": partition.blocks[-1:]}
+        part = operator.apply(v, **within)
+        exact = kind(alone, batches, partition).apply(v, **within)
         assert float((part - exact).norm() / exact.norm()) < 1e-7
         many = operator.linearised(2**20).block_diagonal().apply(v)
         exact = kind(alone, batches, partition).block_diagonal().apply(v)
@@ -127,16 +128,17 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path):
 def refused_by_name(processes: Processes, folder: Path) -> None:
     batches = batches_of(processes.count)
     half = sharded(processes, tied=False, policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    for model, options, words in (
+    cases: list[tuple[nn.Module, dict[str, Any], str]] = [
         (half, {}, "bfloat16.*mp_policy.*hessprobe probe"),
         (sharded(processes, tied=False), {"engine": "exact"}, "sharded.*first-order"),
         (sharded(processes, tied=False), {"parameters": 0.0}, "leave out parameters="),
-    ):
+    ]
+    for model, options, words in cases:
         partition = Partition.of(model)
         if "parameters" in options:
             options = {"parameters": torch.zeros(partition.size, dtype=torch.float64)}
         with pytest.raises(UserError, match=words):
-            operator = GaussNewton(Objective(model, processes=processes), batches, partition, **options)
+            operator = GaussNewton(Objective(model, processes=processes), batches, partition, **options)  # type: ignore[arg-type]
             operator.apply(torch.ones(1, operator.size, dtype=torch.float64))
 
 

@@ -125,7 +125,8 @@ class GNHessianProbe(Probe):
     def _operators(self, snapshot: Snapshot) -> tuple[GaussNewton, Hessian, Residual]:
         """Returns the three matrices, each with the graph it takes its many products from."""
         at = snapshot.objective, snapshot.micro_batches, snapshot.partition
-        given: dict[str, Any] = {"parameters": snapshot.parameters, "memory": self._memory}
+        # A row says nothing of an engine that has errors of its own.
+        given: dict[str, Any] = {"parameters": snapshot.parameters, "memory": self._memory, "engine": "exact"}
         each, compare = self._memory // len(MATRICES), not self._compared
         return (
             GaussNewton(*at, **given).linearised(each),
