@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from hessprobe.curvature.model_operator import ModelOperator
 
 FIRST_ORDER = "first-order"
-SAMPLED = 512  # positions of the batch on which steps are found, or one sequence
+# Steps are found on so many positions at most, and so small a part of a micro-batch: at least one sequence of it.
+SAMPLED, PART = 512, 8
 
 
 def check_precision(dtype: torch.dtype) -> None:
@@ -114,7 +115,7 @@ class FirstOrderProducts:
         """What finds e, on a few sequences of the first micro-batch with a target."""
         objective, batch = self.objective, self.batches.with_targets[:1]
         ((count, positions),) = batch.shapes
-        cuts = objective.split(batch[0], max(1, min(count, count * positions // SAMPLED)))
+        cuts = objective.split(batch[0], min(count, max(PART, count * positions // SAMPLED)))
         sample = batch.parted(cuts).with_targets[:1]
         theta = None if self.theta is None else self.partition.flatten(dict(self.theta))
         at, own = sample[0], self._operator(sample, theta, FIRST_ORDER)
