@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from hessprobe.curvature.model_operator import ModelOperator
 
 FIRST_ORDER = "first-order"
-# Steps are found on so many positions at most, and so small a part of a micro-batch: at least one sequence of it.
-SAMPLED, PART = 512, 8
+# Steps are found on an eighth of a micro-batch, but on so many positions, or one sequence.
+PART, LEAST, MOST = 8, 64, 512
 
 
 def check_precision(dtype: torch.dtype) -> None:
@@ -115,7 +115,7 @@ class FirstOrderProducts:
         """What finds e, on a few sequences of the first micro-batch with a target."""
         objective, batch = self.objective, self.batches.with_targets[:1]
         ((count, positions),) = batch.shapes
-        cuts = objective.split(batch[0], min(count, max(PART, count * positions // SAMPLED)))
+        cuts = objective.split(batch[0], _cuts(count * positions, count))
         sample = batch.parted(cuts).with_targets[:1]
         theta = None if self.theta is None else self.partition.flatten(dict(self.theta))
         at, own = sample[0], self._operator(sample, theta, FIRST_ORDER)
@@ -158,3 +158,8 @@ class FirstOrderProducts:
             number, dtype=torch.float64, device=next(self.objective.model.parameters()).device
         )
         return float(processes.total(here)[0]) / processes.count
+
+
+def _cuts(positions: int, sequences: int) -> int:
+    """Returns into how many parts a micro-batch is cut, of which steps are found on one."""
+    return max(1, min(sequences, max(positions // MOST, min(PART, positions // LEAST))))

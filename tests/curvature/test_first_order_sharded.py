@@ -65,6 +65,7 @@ def products_agree(processes: Processes, folder: Path, tied: bool) -> None:
     nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     before, objects = state_of(model), [(id(p), id(p.grad)) for p in model.parameters()]
     versions = [p._version for p in model.parameters()]
+    model(x)  # leaves the root's parameters gathered, as an evaluation does
     v = torch.randn(2, partition.size, generator=seeded(5), dtype=torch.float64)
     for kind in KINDS:
         found = kind(objective, batches, Partition.of(model))
@@ -112,7 +113,6 @@ def trained(processes: Processes, *, measured: bool) -> list[Tensor]:
             operator = GaussNewton(Objective(model, processes=processes), batches, Partition.of(model))
             operator.apply(torch.ones(1, operator.size, dtype=torch.float64))
         optimizer.step()
-        model(x)  # leaves the root's parameters gathered, as an evaluation does
     return [p.detach().to_local().clone() for p in model.parameters()]  # type: ignore[operator]
 
 
