@@ -11,9 +11,11 @@ from pathlib import Path
 
 from hessprobe import analysis
 from hessprobe.errors import UserError
-from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
-from hessprobe.instruments.gn_hessian.findings import discrepancy_findings, discrepancy_trends
-from hessprobe.report.figure_set import save_drawings
+from hessprobe.instruments.gn_hessian.answers import GNHessianAnswers
+from hessprobe.instruments.gn_hessian.findings import findings
+from hessprobe.instruments.gn_hessian.pictures import pictures
+from hessprobe.pictures.matplotlib_pen import draw, save
+from hessprobe.reading.labelled import Labelled
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,16 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(path: Path, out: Path, label: str) -> None:
     """Draws one run's figures, prints its findings on Gauss-Newton against Hessian and the files written."""
-    run = analysis.load_run(path)
-    table = analysis.require_table(run, "gn_hessian")
+    answers = GNHessianAnswers(analysis.require_table(analysis.load_run(path), "gn_hessian"))
     print(f"{path}")
-    for finding in [*discrepancy_findings(table), *discrepancy_trends(table)]:
+    for finding in findings(answers):
         print(f"  {finding.sentence} ({finding.basis})")
-    found = save_drawings(discrepancy_drawings(run), out, prefix=label)
-    for written in found.written:
-        print(f"  wrote {written}")
-    for name, reason in found.left_out.items():
-        print(f"  no figure {name}: {reason}")
+    for picture in pictures([Labelled(label=label, answers=answers, compared=answers)]):
+        if picture.where == "page":
+            continue
+        try:
+            for written in save(draw(picture), out, f"{label}{picture.name}"):
+                print(f"  wrote {written}")
+        except UserError as reason:
+            print(f"  no figure {picture.name}: {reason}")
 
 
 def labels(runs: list[Path]) -> list[str]:

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from hessprobe.comparison.compared import compare
-from hessprobe.comparison.figures import save_figures
 from hessprobe.comparison.findings import comparison_findings
+from hessprobe.comparison.pictures import save_figures
 from hessprobe.errors import UserError
 
 

@@ -14,9 +14,11 @@ import xarray as xr
 
 from hessprobe import analysis
 from hessprobe.errors import UserError
-from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
-from hessprobe.instruments.preconditioner.findings import preconditioner_findings
-from hessprobe.report.figure_set import save_drawings
+from hessprobe.instruments.preconditioner.answers import PreconditionerAnswers
+from hessprobe.instruments.preconditioner.findings import findings
+from hessprobe.instruments.preconditioner.pictures import pictures
+from hessprobe.pictures import matplotlib_pen
+from hessprobe.reading.labelled import Labelled
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,17 +39,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(path: Path, out: Path, label: str) -> None:
     """Draws one run's figures on preconditioners, prints its findings, the headline series and the files written."""
-    run = analysis.load_run(path)
-    table = analysis.require_table(run, "preconditioner")
+    answers = PreconditionerAnswers(analysis.require_table(analysis.load_run(path), "preconditioner"))
     print(f"{path}")
-    for finding in preconditioner_findings(table):
+    for finding in findings(answers):
         print(f"  {finding.sentence} ({finding.basis})")
-    print_series(analysis.cross_layer_pays(table))
-    found = save_drawings(preconditioner_drawings(run), out, prefix=label)
-    for written in found.written:
-        print(f"  wrote {written}")
-    for name, reason in found.left_out.items():
-        print(f"  no figure {name}: {reason}")
+    print_series(analysis.cross_layer_pays(answers.table))
+    for picture in pictures([Labelled(label=label, answers=answers, compared=answers)]):
+        if picture.where == "page":
+            continue
+        try:
+            figure = matplotlib_pen.draw(picture)
+        except UserError as error:
+            print(f"  no figure {picture.name}: {error}")
+        else:
+            for written in matplotlib_pen.save(figure, out, f"{label}{picture.name}"):
+                print(f"  wrote {written}")
 
 
 def print_series(pays: xr.Dataset) -> None:

@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hessprobe.instruments.cross_layer.answers import coupling as coupling
-    from hessprobe.instruments.cross_layer.answers import coupling_by_distance as coupling_by_distance
-    from hessprobe.instruments.cross_layer.answers import cross_share as cross_share
-    from hessprobe.instruments.cross_layer.answers import curvature_shares as curvature_shares
-    from hessprobe.instruments.cross_layer.answers import jacobi_radius as jacobi_radius
-    from hessprobe.instruments.cross_layer.answers import off_block_energy as off_block_energy
-    from hessprobe.instruments.cross_layer.answers import strongest_pairs as strongest_pairs
+    from hessprobe.instruments.cross_layer.coupling import coupling as coupling
+    from hessprobe.instruments.cross_layer.coupling import coupling_by_distance as coupling_by_distance
+    from hessprobe.instruments.cross_layer.coupling import cross_share as cross_share
+    from hessprobe.instruments.cross_layer.coupling import curvature_shares as curvature_shares
+    from hessprobe.instruments.cross_layer.coupling import jacobi_radius as jacobi_radius
+    from hessprobe.instruments.cross_layer.coupling import off_block_energy as off_block_energy
+    from hessprobe.instruments.cross_layer.coupling import strongest_pairs as strongest_pairs
     from hessprobe.instruments.cross_layer.grouping.answer import Answer as Answer
     from hessprobe.instruments.cross_layer.grouping.groupings import GroupingCurve as GroupingCurve
     from hessprobe.instruments.cross_layer.grouping.groupings import block_importance as block_importance
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
     from hessprobe.instruments.cross_layer.grouping.study import study_groupings as study_groupings
     from hessprobe.instruments.cross_layer.grouping.table import grouping_table as grouping_table
     from hessprobe.instruments.cross_layer.grouping.table import reached_damping as reached_damping
-    from hessprobe.instruments.gn_hessian.answers import block_gap as block_gap
-    from hessprobe.instruments.gn_hessian.answers import curvature_ratio as curvature_ratio
-    from hessprobe.instruments.gn_hessian.answers import gn_gap as gn_gap
-    from hessprobe.instruments.gn_hessian.answers import residual_by_block as residual_by_block
     from hessprobe.instruments.gn_hessian.ladder import ladder as ladder
+    from hessprobe.instruments.gn_hessian.norms import block_gap as block_gap
+    from hessprobe.instruments.gn_hessian.norms import curvature_ratio as curvature_ratio
+    from hessprobe.instruments.gn_hessian.norms import gn_gap as gn_gap
+    from hessprobe.instruments.gn_hessian.norms import residual_by_block as residual_by_block
     from hessprobe.instruments.gn_hessian.spectrum import negative_curvature as negative_curvature
     from hessprobe.instruments.gn_hessian.spectrum import smoothed_density as smoothed_density
-    from hessprobe.instruments.preconditioner.answers import decreases as decreases
-    from hessprobe.instruments.preconditioner.answers import efficiency as efficiency
-    from hessprobe.instruments.preconditioner.answers import preconditioner_rows as preconditioner_rows
-    from hessprobe.instruments.preconditioner.answers import scoreboard as scoreboard
     from hessprobe.instruments.preconditioner.blocks import block_losses as block_losses
     from hessprobe.instruments.preconditioner.blocks import block_steps as block_steps
     from hessprobe.instruments.preconditioner.decrease_ratios import cross_layer_pays as cross_layer_pays
     from hessprobe.instruments.preconditioner.decrease_ratios import decrease_ratios as decrease_ratios
+    from hessprobe.instruments.preconditioner.efficiency import decreases as decreases
+    from hessprobe.instruments.preconditioner.efficiency import efficiency as efficiency
+    from hessprobe.instruments.preconditioner.efficiency import preconditioner_rows as preconditioner_rows
+    from hessprobe.instruments.preconditioner.efficiency import scoreboard as scoreboard
     from hessprobe.instruments.train.answers import TrainingSummary as TrainingSummary
     from hessprobe.instruments.train.answers import loss_curve as loss_curve
-    from hessprobe.instruments.train.answers import measuring_costs as measuring_costs
     from hessprobe.instruments.train.answers import summarize_training as summarize_training
+    from hessprobe.reading.costs import measuring_costs as measuring_costs
     from hessprobe.reading.finding import Finding as Finding
     from hessprobe.reading.load_run import load_run as load_run
     from hessprobe.reading.trend import Trend as Trend
@@ -69,43 +69,43 @@ _HOMES = {
     "Sketches": "instruments.cross_layer.grouping.sketches",
     "TrainingSummary": "instruments.train.answers",
     "Trend": "reading.trend",
-    "block_gap": "instruments.gn_hessian.answers",
+    "block_gap": "instruments.gn_hessian.norms",
     "block_importance": "instruments.cross_layer.grouping.groupings",
     "block_losses": "instruments.preconditioner.blocks",
     "block_steps": "instruments.preconditioner.blocks",
-    "coupling": "instruments.cross_layer.answers",
-    "coupling_by_distance": "instruments.cross_layer.answers",
+    "coupling": "instruments.cross_layer.coupling",
+    "coupling_by_distance": "instruments.cross_layer.coupling",
     "cross_layer_pays": "instruments.preconditioner.decrease_ratios",
-    "cross_share": "instruments.cross_layer.answers",
+    "cross_share": "instruments.cross_layer.coupling",
     "curvature_along": "instruments.cross_layer.grouping.groupings",
-    "curvature_ratio": "instruments.gn_hessian.answers",
-    "curvature_shares": "instruments.cross_layer.answers",
+    "curvature_shares": "instruments.cross_layer.coupling",
+    "curvature_ratio": "instruments.gn_hessian.norms",
     "decrease_ratios": "instruments.preconditioner.decrease_ratios",
-    "decreases": "instruments.preconditioner.answers",
-    "efficiency": "instruments.preconditioner.answers",
+    "decreases": "instruments.preconditioner.efficiency",
+    "efficiency": "instruments.preconditioner.efficiency",
     "findings": "report.findings",
-    "gn_gap": "instruments.gn_hessian.answers",
+    "gn_gap": "instruments.gn_hessian.norms",
     "greedy_grouping": "instruments.cross_layer.grouping.groupings",
     "grouping_table": "instruments.cross_layer.grouping.table",
-    "jacobi_radius": "instruments.cross_layer.answers",
+    "jacobi_radius": "instruments.cross_layer.coupling",
     "ladder": "instruments.gn_hessian.ladder",
     "load_run": "reading.load_run",
     "loss_curve": "instruments.train.answers",
-    "measuring_costs": "instruments.train.answers",
+    "measuring_costs": "reading.costs",
     "merge_gains": "instruments.cross_layer.grouping.groupings",
     "negative_curvature": "instruments.gn_hessian.spectrum",
-    "off_block_energy": "instruments.cross_layer.answers",
+    "off_block_energy": "instruments.cross_layer.coupling",
     "open_run": "store.reader",
-    "preconditioner_rows": "instruments.preconditioner.answers",
+    "preconditioner_rows": "instruments.preconditioner.efficiency",
     "ranked_gains": "instruments.cross_layer.grouping.study",
     "reached_damping": "instruments.cross_layer.grouping.table",
     "relative_decrease": "instruments.cross_layer.grouping.groupings",
     "require_table": "store.reader",
-    "residual_by_block": "instruments.gn_hessian.answers",
-    "scoreboard": "instruments.preconditioner.answers",
+    "scoreboard": "instruments.preconditioner.efficiency",
+    "residual_by_block": "instruments.gn_hessian.norms",
     "sketches_of": "instruments.cross_layer.grouping.sketches",
     "smoothed_density": "instruments.gn_hessian.spectrum",
-    "strongest_pairs": "instruments.cross_layer.answers",
+    "strongest_pairs": "instruments.cross_layer.coupling",
     "study_groupings": "instruments.cross_layer.grouping.study",
     "summarize_training": "instruments.train.answers",
     "trend": "reading.trend",

@@ -45,7 +45,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         kept.append(folder / f"{name}.pdf")
         return kept[-1:]
 
-    monkeypatch.setattr("hessprobe.pictures.paper.save", named)
+    monkeypatch.setattr("hessprobe.pictures.matplotlib_pen.save", named)
 
 
 def test_it_is_small_and_a_fresh_one_leaves_nothing_else_behind():

@@ -23,6 +23,7 @@ from hessprobe.instruments.snapshot import Probe, Snapshot
 from hessprobe.machine.processes import ProcessLost, together
 from hessprobe.measuring.probe_batches import first_sequences, own_sequences
 from hessprobe.measuring.row_recorder import Measurement, ProbeRecorder
+from hessprobe.measuring.snapshots import Snapshots
 from hessprobe.measuring.undisturbed import undisturbed
 from hessprobe.optimization.running import RunningOptimizer
 from hessprobe.problem.micro_batches import MicroBatches
@@ -55,7 +56,8 @@ class Measuring:
         meeting: Meeting,
         recorder: ProbeRecorder,
     ) -> None:
-        self.objective, self.partition, self.optimizers, self.seed = objective, partition, optimizers, seed
+        self.objective, self.partition, self.optimizers = objective, partition, optimizers
+        self.snapshots = Snapshots(objective=objective, partition=partition, seed=seed)
         self.meeting, self.processes, self.recorder = meeting, meeting.processes, recorder
         self.sharded = is_sharded(objective.model)
         self._before: tuple[int, Tensor, RunningOptimizer | None] | None = None
@@ -72,7 +74,7 @@ class Measuring:
             optimizer = None
             if self.optimizers and any(probe.needs_optimizer for probe in due):
                 optimizer = running(self.optimizers, self.objective.model, self.partition)
-            self._before = step, self._theta(), optimizer
+            self._before = step, self.snapshots.theta(), optimizer
 
     def forget(self) -> None:
         """Frees what was kept."""
@@ -157,17 +159,8 @@ class Measuring:
             )
             before, optimizer = (before, optimizer) if alike else (None, None)
         with self.processes.together():
-            theta = self._theta()
-            snapshot = Snapshot(
-                step=step,
-                objective=self.objective,
-                partition=self.partition,
-                parameters=theta if before is None else before,
-                batches=self._held(batches).checked(),
-                update=None if before is None else theta.sub_(before),
-                seed=self.seed,
-                optimizer=optimizer,
-            )
+            there = self._held(batches).checked()
+            snapshot = self.snapshots.take(step, there, before=before, optimizer=optimizer)
         return snapshot, checked
 
     def _held(self, given: Any) -> MicroBatches:
@@ -183,7 +176,7 @@ class Measuring:
         """
         if self.sharded:
             return UNCHECKED
-        theta = self._theta() if before is None or self.at_present else before
+        theta = self.snapshots.theta() if before is None or self.at_present else before
         found = self._checks.check(batches, theta, trained, before=before is not None or self.at_present)
         for note in found.notes:
             if note not in self._noted and self.processes.is_first:
@@ -210,13 +203,6 @@ class Measuring:
             known=known,
             weights=weights,
         )
-
-    def _theta(self) -> Tensor:
-        """Returns theta in at least float32: curvature in half precision is noise. Empty where it is sharded."""
-        if self.sharded:
-            return torch.empty(0, device=next(self.objective.model.parameters()).device)
-        theta = self.partition.vector(self.objective.model)
-        return theta.float() if theta.dtype in (torch.float16, torch.bfloat16) else theta
 
 
 def names(probes: Iterable[Probe]) -> list[str]:

@@ -7,7 +7,6 @@ data-parallel loop put their batches together, and each measures its share of th
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -19,32 +18,25 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
-from hessprobe.any_loop.chosen_probes import Chosen, ChosenProbes, choose
-from hessprobe.any_loop.labels import ATTRIBUTE, Labels
-from hessprobe.any_loop.measuring import Measuring, names
-from hessprobe.any_loop.meeting import Meeting
+from hessprobe.any_loop.chosen_probes import Chosen
+from hessprobe.any_loop.complaints import Complaints
+from hessprobe.any_loop.labels import ATTRIBUTE
+from hessprobe.any_loop.measuring import names
 from hessprobe.any_loop.objective_arguments import objective_of
-from hessprobe.any_loop.patience import PATIENCE, Patience
-from hessprobe.any_loop.run_folder import open_folder
-from hessprobe.any_loop.sharded_parameters import check_whole
-from hessprobe.any_loop.trial import Check, checked, gradient_seconds
+from hessprobe.any_loop.opening import Asked, opened
+from hessprobe.any_loop.rows import Rows
+from hessprobe.any_loop.trial import Check
 from hessprobe.any_loop.words import for_recorder
-from hessprobe.errors import UserError
-from hessprobe.instruments.snapshot import Probe
 from hessprobe.machine.processes import Processes, ProcessLost
 from hessprobe.measuring.failures import reason_of
-from hessprobe.measuring.provenance import machine_attributes
-from hessprobe.measuring.row_recorder import Measurement, NothingWritten, ProbeRecorder, RowWriter
+from hessprobe.measuring.row_recorder import Measurement
 from hessprobe.measuring.schedule import Schedule
-from hessprobe.measuring.undisturbed import undisturbed
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
 LOGGER = logging.getLogger("hessprobe")
-AGAIN = 5.0  # seconds: rows that take less in all are tried twice, and the second time counts
 Due = int | str | Iterable[int] | Schedule
 
 
@@ -122,51 +114,25 @@ class Recorder:
         batch_first: bool | None = None,
         auxiliary: Any = None,
     ) -> None:
-        self.folder = Path(folder).absolute()  # a program may change its working directory
         arguments = {"loss": loss, "forward": forward, "targets": targets, "ignore_index": ignore_index}
         given = objective_of(objective, {**arguments, "batch_first": batch_first, "auxiliary": auxiliary})
-        if processes is None and given.processes.count > 1:
-            processes = given.processes
         self.model, self.seed, self.active = given.model, seed, True
         optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         self.optimizers = [one for one in optimizers if one is not None]
-        self._last, self._reasons, self._patience = first_step - 1, {}, Patience()
-        self._said: set[str] = set()
-        self._rows_recorded = 0
-        self._left, self._steps, self._seconds = (
-            0.0,
-            0,
-            0.0,
-        )  # the last call's end; the loop's own steps, and their time
-        self._meeting = Meeting(processes, next(self.model.parameters(), torch.empty(0)).device)
-        self.processes = self._meeting.processes
+        asked = Asked(
+            probes=probes, every=every, partition=partition, steps=steps, sequences=sequences, first_step=first_step,
+            resume=resume, beside=beside, seed=seed, processes=processes,
+        )  # fmt: skip
+        whole = Path(folder).absolute()  # a program may change its working directory
+        self._opened = opened(whole, given, asked)
+        self.folder, self.objective = self._opened.folder, self._opened.objective
+        self.partition, self.processes = self._opened.partition, self.objective.processes
+        self._recorder, self._complaints = self._opened.recorder, Complaints()
+        self._measuring = Rows(self._opened, self.optimizers, seed, self._complaints)
+        self._last, self._rows_recorded = first_step - 1, 0
         self._agreed = self.processes.count == 1  # on the number of the first call's step
-        self.objective = copy.copy(given)
-        self.objective.processes = self.processes
-        try:
-            with self.processes.together():
-                chosen = choose(probes, every, sequences=sequences, seed=seed)
-                check_whole(self.model, chosen.probes)
-                self.partition = (
-                    partition if isinstance(partition, Partition) else Partition.of(self.model, partition)
-                )
-                asked = {"steps": steps, "first_step": first_step, "resume": resume, "beside": beside}
-                self._meeting.check_alike({**asked, **_settings(chosen, self.partition)})
-                for probe in chosen.probes:
-                    probe.table(self.partition)  # a mistake in its options is told before there is a folder
-                self._chosen = chosen
-                self._recorder = self._opened(steps, resume, beside)
-            self._labels = self.processes.from_first(self._labels_kept)
-        except BaseException as error:
-            if hasattr(self, "_recorder"):  # another process has failed
-                self._recorder.writer.close()
-            self._meeting.leave()
-            if isinstance(error, UserError) and (said := for_recorder(str(error))) != str(error):
-                raise UserError(said) from error
-            raise
-        self._measuring = self._measuring_into(self._recorder)
-        self._still = self._measuring_into(self._recorder)  # what never knows an update
-        self._still.at_present = True
+        self._left = 0.0  # the last call's end
+        self._steps, self._seconds = 0, 0.0  # the loop's own, between calls
         self._look_ahead(first_step)
 
     def __call__(
@@ -203,12 +169,12 @@ class Recorder:
         try:
             step = index(step)
         except TypeError:
-            self._say_once(
+            self._complaints.once(
                 f"step {step!r} is no whole number, and nothing is recorded of it: count optimizer steps, from 0"
             )
             return ()
         if step <= self._last:
-            self._say_once(
+            self._complaints.once(
                 f"step {step} came after step {self._last}, and nothing is recorded until steps go on beyond it: count "
                 "optimizer steps over the whole run, not from 0 in every epoch, and call once a step, with the list of its "
                 "micro-batches where gradients are accumulated",
@@ -219,7 +185,7 @@ class Recorder:
         if not self._agreed and not self._agree(step):
             return ()
         due = self._next[1] if self._next[0] == step else self._recorder.due(step)
-        found = self._measured(self._measuring, step, due, batch, loss) if due else ()
+        found = self._recorded(step, self._measuring.of_step(step, due, batch, loss)) if due else ()
         if self.active:
             self._look_ahead(step + 1)
         return found
@@ -241,7 +207,7 @@ class Recorder:
             LOGGER.warning("recorder.check: %s", found.step_from)
             return found
         try:
-            found = self._checked(batch, loss)
+            found = self._measuring.trial(self._last + 1, batch, loss, (self._steps, self._seconds))
             if self.processes.is_first:
                 print(found)
         except Exception as error:
@@ -261,23 +227,24 @@ class Recorder:
             batch, loss: as of a call.
         """
         if not self.active:
-            self._say_once("measure: this recorder is closed, and nothing is recorded")
+            self._complaints.once("measure: this recorder is closed, and nothing is recorded")
             return ()
         found: Sequence[Measurement] = ()
         step = self._last
         try:
-            new = not self._labels.knows(label)
-            step = self._labels.step_of(label)
+            labels = self._opened.labels
+            new = not labels.knows(label)
+            step = labels.step_of(label)
             if new:
-                self._recorder.writer.annotate({ATTRIBUTE: json.dumps(self._labels.by_step)})
+                self._recorder.writer.annotate({ATTRIBUTE: json.dumps(labels.by_step)})
             probes = [probe for probe in self._recorder.probes if self._recorder.has_place(probe, step)]
             if len(probes) < len(self._recorder.probes):
-                self._say_once(
+                self._complaints.once(
                     f"measure: step {step} ({label}) is none of those that every= and steps= leave room for, and is not "
                     "recorded: give a recorder that measures checkpoints a number as every=, and no steps=",
                     "no place",
                 )
-            found = self._measured(self._still, step, probes, batch, loss)
+            found = self._recorded(step, self._measuring.as_it_is(step, probes, batch, loss))
         except Exception as error:
             self._stop(step, error)
         self._left = 0.0
@@ -285,7 +252,7 @@ class Recorder:
 
     def retry(self, probe: str | None = None) -> None:
         """Tries a probe (default: all) again at its next row, where it was left out for failing again and again."""
-        self._patience.forget(probe)
+        self._measuring.patience.forget(probe)
 
     def due(self, step: int) -> list[str]:
         """Returns the names of the probes that measure at a step."""
@@ -309,7 +276,7 @@ class Recorder:
         self._measuring.forget()
         with suppress(OSError):  # the folder may be gone, or not ours any more
             self._recorder.writer.close()
-        self._meeting.leave()
+        self._opened.meeting.leave()
 
     def __enter__(self) -> Recorder:
         return self
@@ -319,112 +286,31 @@ class Recorder:
     ) -> None:
         self.close()
 
-    def _opened(self, steps: int | None, resume: bool, beside: bool) -> ProbeRecorder:
-        """Returns what writes rows: in the first process, into the run's folder."""
-
-        def lay_out(writer: RowWriter) -> ProbeRecorder:
-            chosen = self._chosen
-            return ProbeRecorder(
-                writer, chosen.probes, self.partition, steps, chosen.schedules, words=for_recorder
-            )
-
-        def attributes(folder: Path) -> dict[str, Any]:
-            device = next(self.model.parameters()).device
-            machine = machine_attributes(folder, device, self.partition, self.processes)
-            return {**machine, "seed": self.seed, "recipe": json.dumps(self._chosen.recipe)}
-
-        if not self.processes.is_first:
-            return lay_out(NothingWritten())
-        found = open_folder(self.folder, attributes, lay_out, resume=resume, beside=beside)
-        self.folder = getattr(found.writer, "folder", self.folder)
-        return found
-
-    def _labels_kept(self) -> Labels:
-        writer: Any = self._recorder.writer
-        recorded = [step for probe in self._recorder.probes for step in writer.recorded_steps(probe.name)]
-        return Labels(json.loads(writer.attributes.get(ATTRIBUTE, "{}")), max(recorded, default=-1))
-
-    def _measuring_into(self, recorder: ProbeRecorder) -> Measuring:
-        return Measuring(self.objective, self.partition, self.optimizers, self.seed, self._meeting, recorder)
-
     def _look_ahead(self, step: int) -> None:
         """Notes what is due at the coming step, and if anything is, theta and the optimizer as they are before it."""
         self._next = step, self._recorder.due(step)
-        try:
-            self._measuring.keep_before(step, [p for p in self._next[1] if not self._patience.waits(p.name)])
-        except Exception as error:  # most likely no memory for a copy: the row then has no update
-            self._say(step, "update", f"theta before the step could not be kept: {error}")
+        self._measuring.keep_before(*self._next)
 
     def _agree(self, step: int) -> bool:
         """Compares the processes' steps at the first call, due or not; ends the recording where they differ."""
         self._agreed = True
         try:
-            self._meeting.check_step(step)
+            self._opened.meeting.check_step(step)
         except Exception as error:
             self._stop(step, error)
         return self.active
 
-    def _measured(
-        self, measuring: Measuring, step: int, due: Sequence[Probe], batch: Any, loss: Any
-    ) -> list[Measurement]:
-        found, tried = [], list(due)
-        if measuring is self._measuring:
-            tried = [probe for probe in due if not self._patience.waits(probe.name)]
+    def _recorded(self, step: int, rows: Iterable[Measurement]) -> list[Measurement]:
+        """Returns rows that are measured one after the other, as far as they came."""
+        found = []
         try:
-            for probe in due:
-                if probe not in tried:
-                    reason = UserError(self._patience.left_out(probe.name))
-                    found.append(self._recorder.fail(probe, step, reason, 0.0))
-            if tried:
-                found += self._heard(step, self._rows(measuring, step, tried, batch, loss))
+            for row in rows:
+                found.append(row)  # noqa: PERF402 (those before a failure are kept)
         except Exception as error:  # no row can be written any more, or not by all processes
             self._stop(step, error)
-        self._labels.used(step)
+        self._opened.labels.used(step)
         self._rows_recorded += len(found)
         return found
-
-    def _rows(
-        self, measuring: Measuring, step: int, due: Sequence[Probe], batch: Any, loss: Any
-    ) -> list[Measurement]:
-        with undisturbed(self.model):
-            return measuring.rows(step, due, batch, trained=loss)
-
-    def _heard(self, step: int, found: list[Measurement]) -> list[Measurement]:
-        """Says what failed, and lets probes wait that fail again and again: the same ones in all processes."""
-        for probe, failure in self.processes.from_first(lambda: [(m.probe, m.failure) for m in found]):
-            paused = self._patience.heard(probe, failure)
-            if not self.processes.is_first:  # the others say the same
-                continue
-            if failure:
-                self._say(step, probe, failure)
-            if paused:
-                LOGGER.warning(
-                    "step %d: %s has failed alike in %d rows, and is tried ever more seldom from here on (the rows between "
-                    "say so); recorder.retry(%r) tries it at its next row",
-                    step, probe, PATIENCE + 1, probe,
-                )  # fmt: skip
-        return found
-
-    def _checked(self, batch: Any, loss: Any) -> Check:
-        step, probes = self._last + 1, self._recorder.probes
-        trial = self._measuring_into(
-            ProbeRecorder(NothingWritten(), probes, self.partition, None, words=for_recorder)
-        )
-        trial.keep_before(step, probes)
-        trial.pretend_update()
-        found = self._rows(trial, step, probes, batch, loss)
-        taken = sum(row.seconds for row in found)
-        if self.processes.from_first(lambda: taken < AGAIN):  # the first pays what torch sets up once
-            trial.keep_before(step, probes)
-            trial.pretend_update()
-            found = self._rows(trial, step, probes, batch, loss)
-        if self._steps:
-            seconds, known = self._seconds / self._steps, f"the mean of {self._steps:,} so far"
-        else:
-            with undisturbed(self.model):
-                seconds = gradient_seconds(self.objective, self.partition, batch)
-            known = "taken as one gradient of this batch"
-        return checked(found, probes, self._chosen.schedules, seconds, known)
 
     def _stop(self, step: Any, error: Exception) -> None:
         """Ends the recording, not the training."""
@@ -435,20 +321,3 @@ class Recorder:
             LOGGER.error("step %s: %s. Recording has stopped%s", step, reason, goes_on)
         with suppress(Exception):
             self.close()
-
-    def _say(self, step: int, what: str, reason: str) -> None:
-        """Logs a failure, once as long as its reason stays the same."""
-        if self._reasons.get(what) != reason:
-            self._reasons[what] = reason
-            LOGGER.warning("step %d: %s failed: %s (training goes on)", step, what, reason)
-
-    def _say_once(self, text: str, kind: str = "") -> None:
-        if (kind or text) not in self._said:
-            self._said.add(kind or text)
-            LOGGER.warning("%s", text)
-
-
-def _settings(chosen: ChosenProbes, partition: Partition) -> dict[str, object]:
-    """Returns what follows from a recorder's arguments, and must be alike in all processes."""
-    schedules = {name: str(schedule) for name, schedule in chosen.schedules.items()}
-    return {"probes and their options": chosen.recipe, "schedules": schedules, "blocks": partition.sizes}

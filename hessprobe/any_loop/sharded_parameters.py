@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from torch import nn
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
 from hessprobe.instruments.snapshot import Probe
 
 _ELSE = "record under DistributedDataParallel, or measure a checkpoint (hessprobe probe)"
@@ -27,7 +26,7 @@ def check_whole(model: nn.Module, probes: Iterable[Probe]) -> None:
             f"shard with fully_shard instead, {_ELSE}"
         )
     shards = [name for name, p in model.named_parameters() if hasattr(p, "placements")]
-    refused = [probe.name for probe in probes if not _needs_backward_passes_alone(probe)]
+    refused = [probe.name for probe in probes if not probe.works_sharded]
     if not shards or not refused:
         return
     sharded = f"parameters are sharded over devices ({len(shards):,} of them, such as {shards[0]!r})"
@@ -35,10 +34,6 @@ def check_whole(model: nn.Module, probes: Iterable[Probe]) -> None:
         f"{sharded}, which have neither a forward mode nor second derivatives, and {_and(refused)} cannot do without: "
         f"record cross_layer from layer kernels alone, whose backward passes can, or {_ELSE}"
     )
-
-
-def _needs_backward_passes_alone(probe: Probe) -> bool:
-    return isinstance(probe, CrossLayerProbe) and probe.recipe.uses_kernels
 
 
 def _and(names: list[str]) -> str:

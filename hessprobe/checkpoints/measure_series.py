@@ -22,17 +22,18 @@ from hessprobe.checkpoints.pretrained import PretrainedCheckpoints, spread
 from hessprobe.checkpoints.series import MEASURED_WITH, CheckpointSeries, Reader, steps_of
 from hessprobe.checkpoints.state_dicts import StateDicts
 from hessprobe.errors import RunFailed, UserError
-from hessprobe.instruments.snapshot import Probe, Snapshot
+from hessprobe.instruments.snapshot import Probe
 from hessprobe.machine.devices import pick_device
 from hessprobe.measuring.console import RunConsole
 from hessprobe.measuring.loggers import ScalarLog, check_loggers
-from hessprobe.measuring.probe_batches import placed
 from hessprobe.measuring.provenance import machine_attributes
 from hessprobe.measuring.row_recorder import Measurement, ProbeRecorder, build_probes
 from hessprobe.measuring.schedule import At
+from hessprobe.measuring.snapshots import Snapshots
 from hessprobe.measuring.undisturbed import undisturbed
 from hessprobe.problem.batches import pieces_of
-from hessprobe.problem.objective import Batch, Objective
+from hessprobe.problem.micro_batches import MicroBatches
+from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.row_checks import RowChecks
 from hessprobe.recipe import PROBES, Recipe
@@ -107,13 +108,13 @@ def measure_series(series: CheckpointSeries, folder: Path) -> None:
         console.say("steps", counted)
     for note in getattr(series, "notes", ()):
         console.say("note", note)
-    described = _described(series, steps)
+    described, origins = _described(series, steps), {str(steps[0]): series.origin(0)}
     attributes = {
         **machine_attributes(folder, device, partition),
         "recipe": json.dumps(described),
         "seed": recipe.seed,
         "data": json.dumps(dict(reader.fingerprint)),
-        "checkpoints": json.dumps(dict(zip(map(str, steps), series.origins(), strict=True))),
+        "checkpoints": json.dumps(origins),
     }
     with (
         RunWriter.create(folder, attributes) as writer,
@@ -121,78 +122,84 @@ def measure_series(series: CheckpointSeries, folder: Path) -> None:
     ):
         _write_recipe(series, folder)
         due = dict.fromkeys((probe.name for probe in probes), At(steps=frozenset(steps)))
-        recorder = ProbeRecorder(writer, probes, partition, None, due)
-        objective, found = series.objective(model), []
-        # A model of hessprobe's own repeats itself, its sequences are apart, and its loss is the objective's.
-        own = isinstance(series, OwnCheckpoints)
-        checks = None if own else RowChecks(objective, partition, undisturbed)
+        measuring = _Measuring(
+            series,
+            ProbeRecorder(writer, probes, partition, None, due),
+            series.objective(model),
+            partition,
+            reader,
+        )
+        found = []
         for number, step in enumerate(steps):
-            for measurement in _rows(recorder, series, number, step, objective, partition, reader, checks):
+            for measurement in measuring.rows(number, step):
                 _say(console, measurement, series.names[number])
                 scalars.measured(measurement)
                 found.append(measurement)
+            if number and number in measuring.placed:
+                origins[str(step)] = series.origin(number)
+                writer.annotate({"checkpoints": json.dumps(origins)})
     if all(measurement.row is None for measurement in found):
         raise RunFailed(
             f"no row could be measured; {folder / 'log.zarr'} says why. The first: {found[0].failure}"
         )
 
 
-def _rows(
-    recorder: ProbeRecorder,
-    series: CheckpointSeries,
-    number: int,
-    step: int,
-    objective: Objective,
-    partition: Partition,
-    reader: Reader,
-    checks: RowChecks | None,
-) -> Iterator[Measurement]:
-    """Measures one checkpoint by every probe."""
-    began = time.perf_counter()
-    try:
-        if number:  # the first's weights are the model's already
-            series.place(number, objective.model)
-        parameters = partition.vector(objective.model)
-    except Exception as error:  # whatever it is, the other checkpoints must be measured
-        seconds = time.perf_counter() - began
-        yield from (recorder.fail(probe, step, error, seconds) for probe in recorder.probes)
-        return
-    for probe in recorder.probes:
+class _Measuring:
+    """Measures the checkpoints of a series by every probe, one checkpoint after the other."""
+
+    def __init__(
+        self,
+        series: CheckpointSeries,
+        recorder: ProbeRecorder,
+        objective: Objective,
+        partition: Partition,
+        reader: Reader,
+    ) -> None:
+        self.series, self.recorder, self.objective, self.reader = series, recorder, objective, reader
+        self.snapshots = Snapshots(objective=objective, partition=partition, seed=series.recipe.seed)
+        # A model of hessprobe's own repeats itself, its sequences are apart, and its loss is the objective's.
+        own = isinstance(series, OwnCheckpoints)
+        self.checks = None if own else RowChecks(objective, partition, undisturbed)
+        self.placed = {0}  # the first's weights are the model's already
+
+    def rows(self, number: int, step: int) -> Iterator[Measurement]:
+        """Measures one checkpoint, whose rows are at that step."""
         began = time.perf_counter()
         try:
-            batches = objective.held(_batches(series, probe, series.reads[number], reader, parameters.device))
-            # The batch is the row's own, so that its loss is known; and there is no loop that trains on it.
-            checked = {"activation_bits": checks.check(batches).activation_bits} if checks else {}
-        except Exception as error:
-            yield recorder.fail(probe, step, error, time.perf_counter() - began)
-            continue
-        yield recorder.record(
-            probe,
-            Snapshot(
-                step=step,
-                objective=objective,
-                partition=partition,
-                parameters=parameters,
-                batches=batches,
-                update=None,
-                seed=series.recipe.seed,
-            ),
-            checked,
+            if number not in self.placed:
+                self.series.place(number, self.objective.model)
+                self.placed.add(number)
+        except Exception as error:  # whatever it is, the other checkpoints must be measured
+            seconds = time.perf_counter() - began
+            yield from (self.recorder.fail(probe, step, error, seconds) for probe in self.recorder.probes)
+            return
+        for probe in self.recorder.probes:
+            began = time.perf_counter()
+            try:
+                batches = self._batches(probe, number)
+                # The batch is the row's own, so that its loss is known; and there is no loop that trains on it.
+                bits = {"activation_bits": self.checks.check(batches).activation_bits} if self.checks else {}
+                snapshot = self.snapshots.take(step, batches)
+            except Exception as error:
+                yield self.recorder.fail(probe, step, error, time.perf_counter() - began)
+                continue
+            yield self.recorder.record(probe, snapshot, bits)
+
+    def _batches(self, probe: Probe, number: int) -> MicroBatches:
+        """Returns the probe's batch as micro-batches that a large vocabulary leaves room for."""
+        batch = self.reader.batch(
+            seed=self.series.recipe.seed,
+            step=self.series.reads[number],
+            sequences=probe.sequences,
+            stream=f"probe/{probe.name}",
         )
-
-
-def _batches(
-    series: CheckpointSeries, probe: Probe, step: int, reader: Reader, device: torch.device
-) -> list[Batch]:
-    """Returns the probe's batch, of a step, as micro-batches that a large vocabulary leaves room for."""
-    batch = reader.batch(
-        seed=series.recipe.seed, step=step, sequences=probe.sequences, stream=f"probe/{probe.name}"
-    )
-    if isinstance(batch, list):
-        return placed(batch, device)
-    targets = batch["labels"] if isinstance(batch, dict) else batch[1]
-    pieces = math.ceil(targets.numel() * series.vocabulary / LOGITS)
-    return [placed(part, device) for part in (pieces_of(batch, pieces) if pieces > 1 else [batch])]
+        parts = batch
+        if not isinstance(batch, list):
+            targets = batch["labels"] if isinstance(batch, dict) else batch[1]
+            pieces = math.ceil(targets.numel() * self.series.vocabulary / LOGITS)
+            parts = pieces_of(batch, pieces) if pieces > 1 else [batch]
+        device = next(self.objective.model.parameters()).device
+        return self.objective.held(parts).placed(device)
 
 
 def _partition(model: nn.Module, by: str, console: RunConsole) -> Partition:

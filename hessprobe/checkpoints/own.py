@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hessprobe.checkpoints.series import Reader, check_probes, recipe_of
@@ -18,9 +16,7 @@ from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe, build_recipe, read_recipe
 from hessprobe.training.builds import RECIPE_FILE, build_model, decoder_config, open_corpus
-from hessprobe.training.checkpoint import FILE, Start, checkpoint_file, load_start
-
-_PREFIX = "training.start_from = "
+from hessprobe.training.checkpoint import DAMAGED, FILE, CheckpointFile, checkpoint_file
 
 
 def own_checkpoint(given: str) -> Path | None:
@@ -61,7 +57,7 @@ class OwnCheckpoints:
         sequences: int | None,
         context: int | None,
     ) -> None:
-        self.files, self.names = list(files), list(given)
+        self.names = list(given)
         stored = [_recipe_beside(file) for file in files]
         self.config = decoder_config(stored[0])
         for name, recipe in zip(given, stored, strict=True):
@@ -80,7 +76,9 @@ class OwnCheckpoints:
                 f"--context {context}: this model reads 1 to {self.config.context:,} tokens at a time"
             )
         self.vocabulary = self.config.vocabulary
-        self.reads = [_step_of(file, name) for file, name in zip(files, given, strict=True)]
+        self._files = [_opened(file, name) for file, name in zip(files, given, strict=True)]
+        self._origins: dict[int, dict[str, Any]] = {}
+        self.reads = [file.step for file in self._files]
         self.known: list[int | None] = list(self.reads)
 
     def reader(self) -> Reader:
@@ -96,21 +94,16 @@ class OwnCheckpoints:
         return Objective(model)
 
     def place(self, number: int, model: nn.Module) -> None:
-        partition = Partition.of(model, self.recipe.partition)
-        partition.assign(model, self._start(number, partition).parameters)
+        partition, path = Partition.of(model, self.recipe.partition), str(self._files[number].path)
+        start = self._files[number].start(path, partition, repr(path))
+        partition.assign(model, start.parameters)
+        self._origins[number] = start.origin
 
-    def origins(self) -> list[dict[str, Any]]:
-        partition = Partition.of(build_model(self.recipe, pick_device("cpu")), self.recipe.partition)
-        return [self._start(number, partition).origin for number in range(len(self.files))]
+    def origin(self, number: int) -> dict[str, Any]:
+        return self._origins[number]
 
     def described(self) -> dict[str, Any]:
         return self.recipe.model.model_dump(mode="json", exclude_none=True)
-
-    def _start(self, number: int, partition: Partition) -> Start:
-        try:
-            return load_start(str(self.files[number]), partition)
-        except UserError as error:
-            raise UserError(str(error).removeprefix(_PREFIX)) from error
 
 
 def _recipe_beside(file: Path) -> Recipe:
@@ -125,11 +118,10 @@ def _recipe_beside(file: Path) -> Recipe:
     )
 
 
-def _step_of(file: Path, given: str) -> int:
+def _opened(file: Path, given: str) -> CheckpointFile:
     try:
-        # Mapped, not read: of a large file only this number is wanted now.
-        return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["step"])
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, OSError) as error:
+        return CheckpointFile(file)
+    except DAMAGED as error:
         raise UserError(
             f"{given}: {file} is no checkpoint of hessprobe, or it is damaged; give a run's folder or its "
             f"checkpoint/{FILE}, or --model module:function for a file of another code"

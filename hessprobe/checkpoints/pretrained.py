@@ -108,8 +108,8 @@ class PretrainedCheckpoints:
     def place(self, number: int, model: nn.Module) -> None:
         put_parameters(model, self.checkpoints[number].load().state_dict())
 
-    def origins(self) -> list[dict[str, Any]]:
-        return [checkpoint.origin for checkpoint in self.checkpoints]
+    def origin(self, number: int) -> dict[str, Any]:
+        return self.checkpoints[number].origin
 
     def described(self) -> dict[str, Any]:
         return {

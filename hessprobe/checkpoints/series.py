@@ -1,6 +1,6 @@
 """Checkpoints of one model to be measured one after the other: what they are, where they stand on the step axis, their data.
 
-Own runs are in own_checkpoints.py, transformers' in pretrained_checkpoints.py.
+Own runs are in own.py, transformers' models in pretrained.py, anybody's weights in state_dicts.py.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class CheckpointSeries(Protocol):
         """Puts a checkpoint's weights into the model."""
         ...
 
-    def origins(self) -> list[dict[str, Any]]:
-        """Returns JSON-able facts about each checkpoint."""
+    def origin(self, number: int) -> dict[str, Any]:
+        """Returns JSON-able facts about a checkpoint whose weights have been put into the model."""
         ...
 
     def described(self) -> dict[str, Any]:

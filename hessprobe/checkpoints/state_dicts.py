@@ -199,7 +199,7 @@ class StateDicts:
         self.notes: list[str] = []
         self.vocabulary = _vocabulary(self._objective.model)
         self.context = context or CONTEXT
-        self._first_weights()
+        self.place(0, self._objective.model)  # whether they fit is told before anything is written
 
     def reader(self) -> Reader:
         if self._data is not None:
@@ -214,7 +214,6 @@ class StateDicts:
         return open_corpus(self.recipe.model_copy(update={"model": model}))
 
     def model(self) -> nn.Module:
-        self.place(0, self._objective.model)
         return self._objective.model
 
     def objective(self, model: nn.Module) -> Objective:
@@ -229,8 +228,8 @@ class StateDicts:
             )
         model.load_state_dict(weights)
 
-    def origins(self) -> list[dict[str, Any]]:
-        return [{"file": str(Path(name).absolute())} for name in self.names]
+    def origin(self, number: int) -> dict[str, Any]:
+        return {"file": str(Path(self.names[number]).absolute())}
 
     def described(self) -> dict[str, Any]:
         return {
@@ -238,10 +237,6 @@ class StateDicts:
             "class": type(self._objective.model).__name__,
             "data": self._data or "",
         }
-
-    def _first_weights(self) -> None:
-        """Puts the first file's weights into the model: whether they fit is told before anything is written."""
-        self.place(0, self._objective.model)
 
 
 class _Given:

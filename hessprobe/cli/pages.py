@@ -67,7 +67,7 @@ def compare(
     show_comparison(comparison, Console())
     try:
         if figures is not None:
-            from hessprobe.comparison.figures import save_figures
+            from hessprobe.comparison.pictures import save_figures
 
             for path in save_figures(comparison, figures):
                 print(f"figure   {path}")

@@ -17,12 +17,18 @@ from hessprobe.reading.wording import counted, plus_minus
 
 def comparison_findings(comparison: Comparison) -> list[Finding]:
     """Returns the findings of a comparison: of the reference, of each other method, of sweeps and of batch sizes."""
-    groups = comparison.groups.isel(group=reading_order(comparison.groups))
-    best = [groups.isel(group=i) for i in np.flatnonzero(groups["best"].values)]
+    groups = best_groups(comparison)
+    best = [groups.isel(group=i) for i in range(groups.sizes["group"])]
     found = [_of_reference(comparison)] if comparison.reference is not None else []
     found += [_of_group(comparison, group) for group in best if int(group["group"]) != comparison.reference]
     found += [_of_edge(group) for group in best if str(group["edge"].values)]
     return found + [_of_batches(comparison, pair) for pair in range(comparison.batches.sizes["pair"])]
+
+
+def best_groups(comparison: Comparison) -> xr.Dataset:
+    """Returns one group a variant, that of its best learning rate, in reading order."""
+    groups = comparison.groups.isel(group=reading_order(comparison.groups))
+    return groups.isel(group=np.flatnonzero(groups["best"].values))
 
 
 def reading_order(groups: xr.Dataset) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,7 @@ def batch_table(found: Sequence[ComparedRun], runs: xr.Dataset, groups: xr.Datas
     pairs = []
     for numbers in alike.values():
         ordered = sorted(numbers, key=lambda n: batch[n])
-        pairs += [(a, b) for a, b in zip(ordered, ordered[1:], strict=False) if batch[b] > batch[a]]
+        pairs += [(a, b) for a, b in pairwise(ordered) if batch[b] > batch[a]]
     ratios = [group_ratio(runs, large, small) for small, large in pairs]
     columns: Mapping[str, Any] = {
         "small": [small for small, _ in pairs],

@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.train.answers import CLOCKS
+from hessprobe.reading.clocks import CLOCKS
 from hessprobe.reading.rows import sound_rows
 from hessprobe.store.log import LOG
 from hessprobe.store.reader import open_run

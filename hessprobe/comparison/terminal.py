@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hessprobe.comparison.compared import Comparison
 from hessprobe.comparison.findings import comparison_findings
-from hessprobe.comparison.page import COSTS, cost_rows, rate_rows, reference_label, step_rows, study_name
+from hessprobe.comparison.tables import COSTS, cost_rows, rate_rows, reference_label, step_rows, study_name
 from hessprobe.report.terminal import ACCENT
 
 WIDE = 100  # columns of a terminal that has room for the range over seeds

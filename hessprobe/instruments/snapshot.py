@@ -1,23 +1,22 @@
-"""What an instrument is: a table it declares before it measures, and a measurement of one snapshot of training."""
+"""One moment of training, as every instrument is shown it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hessprobe.instruments.probe import Probe, Row
 from hessprobe.machine.seeds import generator_of
 from hessprobe.optimization.running import RunningOptimizer
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.schema.table import Table
 
-Row = Mapping[str, Any]
+__all__ = ["Probe", "Row", "Snapshot"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class Snapshot:
 
     @property
     def named_parameters(self) -> dict[str, Tensor]:
-        """theta by parameter name."""
+        """Theta by parameter name."""
         return self.partition.unflatten(self.parameters)
 
     @cached_property
@@ -56,43 +55,3 @@ class Snapshot:
     def generator(self, purpose: str) -> torch.Generator:
         """Returns a generator that depends on (seed, purpose, step) alone, on the CPU."""
         return generator_of(self.seed, purpose, self.step)
-
-
-class Probe:
-    """An instrument. It declares its table, and measures one row of it from a snapshot.
-
-    Attributes:
-        name: of the probe, its table and its section of a recipe.
-        every: outer steps between rows.
-        sequences: how many a row reads.
-        needs_optimizer: whether snapshots must carry the running optimizer's state, which is copied for it.
-    """
-
-    name: str
-    every: int
-    sequences: int
-    needs_optimizer = False
-
-    @property
-    def unit_sequences(self) -> int:
-        """The sequences of the batch whose gradient is the unit of `cost`; default: all that a row reads."""
-        return self.sequences
-
-    def table(self, partition: Partition) -> Table:
-        """Returns the table this probe fills, its coordinates those of the partition."""
-        raise NotImplementedError
-
-    def measure(self, snapshot: Snapshot) -> Row:
-        """Returns one row of the table, but for `seconds` and `peak_memory`, which the recorder knows.
-
-        Anything raised marks the row as failed with its reason; training goes on.
-        """
-        raise NotImplementedError
-
-    def cost(self, partition: Partition) -> float:
-        """Returns what one row costs at most, by operation count, in gradients of `unit_sequences` sequences."""
-        raise NotImplementedError
-
-    def vectors(self, partition: Partition) -> float:
-        """Returns how many vectors as long as theta a row holds at once, for estimates of memory."""
-        raise NotImplementedError

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from hessprobe.any_loop.chosen_probes import check_choice
 from hessprobe.any_loop.objective_arguments import check_agreement
@@ -16,6 +16,22 @@ from hessprobe.errors import UserError
 from hessprobe.measuring.failures import reason_of
 
 LOGGER = logging.getLogger("hessprobe")
+_DEFAULTS = {"every": None, "partition": "layer", "sequences": None}
+
+
+class Asked(TypedDict, total=False):
+    """What every callback takes as `hessprobe.Recorder` does, but for an objective, which is made of the model."""
+
+    every: Any
+    partition: Any
+    sequences: int | None
+    objective: Callable[[Any], Any] | None
+    forward: Callable[..., Any] | None
+    targets: Callable[..., Any] | None
+    loss: Any
+    ignore_index: int | None
+    batch_first: bool | None
+    auxiliary: Any
 
 
 class Hosted:
@@ -23,32 +39,33 @@ class Hosted:
 
     Args:
         folder: of the run, from the working directory of now.
-        settings: probes, every, partition, sequences, as of `Recorder`; checked as far as they can be without a model.
+        probes, every, partition, sequences: as of `Recorder`; checked as far as they can be without a model.
         objective: model -> hp.Objective, or None for `arguments` on the model itself.
         arguments: forward, targets, loss, ignore_index, batch_first, auxiliary, as of `Recorder`.
 
     Raises:
         UserError: an unknown probe, option, partition or schedule; an objective and arguments beside it.
+        TypeError: an argument of another name.
     """
 
-    def __init__(
-        self,
-        folder: Path | str,
-        settings: dict[str, Any],
-        objective: Callable[[Any], Any] | None,
-        arguments: dict[str, Any],
-    ) -> None:
+    def __init__(self, folder: Path | str, probes: Any, **asked: Unpack[Asked]) -> None:
+        if unknown := [name for name in asked if name not in Asked.__annotations__]:
+            raise TypeError(
+                f"ProbeCallback has no argument {unknown[0]!r}; it takes {', '.join(Asked.__annotations__)}"
+            )
         self.folder = Path(folder).absolute()
-        self.settings, self.objective = settings, objective
-        self.arguments = {name: value for name, value in arguments.items() if value is not None}
+        self.objective = asked.pop("objective", None)
+        own = {name: asked.pop(name, default) for name, default in _DEFAULTS.items()}
+        self.settings: dict[str, Any] = {"probes": probes, **own}
+        self.arguments = {name: value for name, value in asked.items() if value is not None}
         self.recorder: Recorder | None = None
         self._said: set[str] = set()
         try:
-            check_choice(**settings)
+            check_choice(**self.settings)
         except UserError as error:
             raise UserError(for_recorder(str(error))) from error
-        if objective is not None:
-            check_agreement(objective, self.arguments)
+        if self.objective is not None:
+            check_agreement(self.objective, self.arguments)
 
     def begin(self, model: Any, *, first_step: int, **options: Any) -> Recorder:
         """Opens the log for a training that begins at a step, or goes on with it: in the folder, or beside it.

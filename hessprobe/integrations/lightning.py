@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from hessprobe.any_loop.recorder import Recorder
 from hessprobe.errors import UserError
-from hessprobe.integrations.hosting import LOGGER, Hosted
+from hessprobe.integrations.hosting import LOGGER, Asked, Hosted
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -58,27 +57,10 @@ class ProbeCallback(Callback):
         folder: Path | str,
         probes: Any = ("cross_layer",),
         *,
-        every: Any = None,
-        partition: Any = "layer",
-        sequences: int | None = None,
         seed: int = 0,
-        objective: Callable[[Any], Any] | None = None,
-        forward: Callable[..., Any] | None = None,
-        targets: Callable[..., Any] | None = None,
-        loss: Any = None,
-        ignore_index: int | None = None,
-        batch_first: bool | None = None,
-        auxiliary: Any = None,
+        **asked: Unpack[Asked],
     ) -> None:
-        self._hosted = Hosted(
-            folder,
-            {"probes": probes, "every": every, "partition": partition, "sequences": sequences},
-            objective,
-            {
-                "forward": forward, "targets": targets, "loss": loss, "ignore_index": ignore_index,
-                "batch_first": batch_first, "auxiliary": auxiliary,
-            },
-        )  # fmt: skip
+        self._hosted = Hosted(folder, probes, **asked)
         self.folder, self._given = self._hosted.folder, folder
         self.seed = seed
         self.step = 0

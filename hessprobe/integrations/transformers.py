@@ -11,11 +11,11 @@ import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from hessprobe.any_loop.recorder import Recorder
 from hessprobe.errors import UserError
-from hessprobe.integrations.hosting import Hosted
+from hessprobe.integrations.hosting import Asked, Hosted
 
 try:
     from transformers import TrainerCallback, set_seed
@@ -64,28 +64,11 @@ class ProbeCallback(TrainerCallback):
         folder: Path | str,
         probes: Any = ("cross_layer",),
         *,
-        every: Any = None,
-        partition: Any = "layer",
-        sequences: int | None = None,
         seed: int | None = None,
-        objective: Callable[[Any], Any] | None = None,
         batches: Callable[[int], Any] | None = None,
-        forward: Callable[..., Any] | None = None,
-        targets: Callable[..., Any] | None = None,
-        loss: Any = None,
-        ignore_index: int | None = None,
-        batch_first: bool | None = None,
-        auxiliary: Any = None,
+        **asked: Unpack[Asked],
     ) -> None:
-        self._hosted = Hosted(
-            folder,
-            {"probes": probes, "every": every, "partition": partition, "sequences": sequences},
-            objective,
-            {
-                "forward": forward, "targets": targets, "loss": loss, "ignore_index": ignore_index,
-                "batch_first": batch_first, "auxiliary": auxiliary,
-            },
-        )  # fmt: skip
+        self._hosted = Hosted(folder, probes, **asked)
         self.folder = self._hosted.folder
         self.seed = seed
         self.batches = batches

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from types import TracebackType
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hessprobe.instruments.gn_hessian.table import MATRICES
-from hessprobe.instruments.snapshot import Row
-from hessprobe.measuring.row_recorder import Measurement
+from hessprobe.instruments.instrument import loaded
+from hessprobe.instruments.registry import reader_of
+from hessprobe.measuring.row_recorder import Measurement, as_array
 from hessprobe.optimization.report import StepReport
 
 ACCENT = "cyan"
@@ -92,41 +91,7 @@ def stderr(*, quiet: bool = False) -> Console:
 
 
 def _headline(measurement: Measurement) -> str:
-    """Returns a probe's most telling numbers in a few words."""
-    row = measurement.row
-    assert row is not None
-    tell = {"cross_layer": _cross_layer, "gn_hessian": _gn_hessian, "preconditioner": _preconditioner}
-    return tell.get(measurement.probe, lambda _: "recorded")(row)
-
-
-def _cross_layer(row: Row) -> str:
-    along = torch.as_tensor(row["step_curvature"])[0]
-    text = f"off-block energy {_said(row['off_block_energy'], row['off_block_energy_stderr'])}"
-    share = 1 - float(along.diagonal().sum() / along.sum())
-    if math.isfinite(share):  # no update, no share
-        text += f", cross share of the update's curvature {share:+.2f}"
-    return text
-
-
-def _gn_hessian(row: Row) -> str:
-    text = f"|H - G| / |G| {_said(row['gn_gap'], row['gn_gap_stderr'])}"
-    smallest = float(torch.as_tensor(row["lambda_min"])[MATRICES.index("hessian")])
-    return text + (f", least eigenvalue of H {smallest:+.3g}" if math.isfinite(smallest) else "")
-
-
-def _preconditioner(row: Row) -> str:
-    """Returns the best efficiency on held-out sequences, at the largest curvature batch and the first damping."""
-    best, best_stderr = (
-        torch.as_tensor(row[name])[..., -1, 0].double().nanmean(0)
-        for name in ("efficiency_held_out", "efficiency_held_out_stderr")
-    )
-    failed = sum(bool(reason) for reason in row["candidate_failure"])
-    text = f"{len(best) - failed} candidates"
-    if bool(torch.isfinite(best).any()):
-        at = int(best.nan_to_num(-math.inf).argmax())
-        text += f", the best held-out efficiency {_said(best[at], best_stderr[at])}"
-    return text + (f", {failed} failed" if failed else "")
-
-
-def _said(value: object, stderr: object) -> str:
-    return f"{float(torch.as_tensor(value)):.3f} ± {float(torch.as_tensor(stderr)):.3f}"
+    """Returns a probe's most telling numbers in a few words; of numbers that have none, that there is a row."""
+    assert measurement.row is not None
+    row = {name: as_array(value) for name, value in measurement.row.items()}
+    return loaded(reader_of(measurement.probe).headline)(row)

@@ -1,9 +1,8 @@
-"""Which part of a training step's batch a probe reads, and where it lies: on the model's device, its first sequences."""
+"""Which part of a training step's batch a probe reads: its first sequences."""
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 import torch
 
@@ -11,11 +10,6 @@ from hessprobe.errors import UserError
 from hessprobe.problem.batches import mapped
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
-
-
-def placed(batch: Any, device: torch.device) -> Any:
-    """Returns a batch, or a list of micro-batches, with its tensors on the device; detached, and else as it is."""
-    return mapped(batch, lambda x: x.detach().to(device))
 
 
 def first_sequences(batches: MicroBatches, limit: int) -> MicroBatches:

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
-from hessprobe.instruments.gn_hessian.measure.probe import GNHessianProbe
-from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
+from hessprobe.instruments.instrument import loaded
+from hessprobe.instruments.registry import instrument_named
+from hessprobe.instruments.row_variables import CHECK_VARIABLES
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.machine.devices import peak_memory, reset_peak_memory
 from hessprobe.machine.processes import ProcessLost
@@ -21,7 +21,7 @@ from hessprobe.measuring.failures import reason_of
 from hessprobe.measuring.schedule import Every, Schedule
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import Recipe
-from hessprobe.schema.table import CHECK_VARIABLES, Table
+from hessprobe.schema.table import Table
 
 CHECKED = tuple(variable.name for variable in CHECK_VARIABLES)
 
@@ -77,12 +77,9 @@ class Measurement:
 
 def build_probes(recipe: Recipe) -> list[Probe]:
     """Returns the instruments that a recipe names, in its order, each once."""
-    makers = {
-        "cross_layer": lambda: CrossLayerProbe(recipe.cross_layer),
-        "gn_hessian": lambda: GNHessianProbe(recipe.gn_hessian),
-        "preconditioner": lambda: PreconditionerProbe(recipe.preconditioner),
-    }
-    return [makers[name]() for name in dict.fromkeys(recipe.probes)]
+    return [
+        loaded(instrument_named(name).probe)(getattr(recipe, name)) for name in dict.fromkeys(recipe.probes)
+    ]
 
 
 class ProbeRecorder:
@@ -157,7 +154,7 @@ class ProbeRecorder:
         seconds = time.perf_counter() - start
         row.update(seconds=seconds, peak_memory=peak_memory(device, processes))
         row.update({name: (checked or {}).get(name, nan) for name in CHECKED})
-        self.writer.write(probe.name, snapshot.step, {name: _array(value) for name, value in row.items()})
+        self.writer.write(probe.name, snapshot.step, {name: as_array(value) for name, value in row.items()})
         return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=row)
 
     def fail(self, probe: Probe, step: int, error: Exception, seconds: float) -> Measurement:
@@ -183,5 +180,6 @@ def check_symmetry(gap: float, dtype: torch.dtype) -> None:
         )
 
 
-def _array(value: Any) -> Any:
+def as_array(value: Any) -> Any:
+    """Returns a tensor as an array of doubles; anything else as it is."""
     return value.detach().double().cpu().numpy() if isinstance(value, torch.Tensor) else value

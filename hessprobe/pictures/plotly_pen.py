@@ -320,9 +320,11 @@ def _lines_across(figure: go.Figure, x: Axis, y: Axis) -> None:
         if at is None:
             continue
         words = {"text": shown(axis.at_words), "font": {"color": "var(--muted)"}}
-        more = (
-            {"annotation": words, "annotation_position": "top right"} if axis.at_words else {"layer": "below"}
+        more: dict[str, Any] = (
+            {"annotation": words, "annotation_position": "top right"} if axis.at_words else {}
         )
+        if axis.scale == "ratio":
+            more["layer"] = "below"
         color = "var(--muted)" if axis.at_words else "var(--faint)"
         line = {"color": color, "width": 1, "dash": "dot"}
         add(at, line=line, **more)

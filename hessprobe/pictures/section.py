@@ -12,13 +12,6 @@ import xarray as xr
 from hessprobe.reading.rows import failed_rows
 from hessprobe.store.reader import recorded_probes
 
-RECORDED_BY = {
-    "train": "hessprobe train",
-    "cross_layer": "hessprobe train --probe cross_layer",
-    "gn_hessian": "hessprobe train --probe gn_hessian",
-    "preconditioner": "hessprobe train --probe preconditioner",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
@@ -34,14 +27,14 @@ class Section:
     failed: Mapping[int, str] = field(default_factory=dict)
 
 
-def table_or_reason(run: xr.DataTree, name: str) -> tuple[xr.Dataset | None, str]:
-    """Returns a table, or None and a line saying why there is nothing to show and which flag records it."""
+def table_or_reason(run: xr.DataTree, name: str, recorded_with: str = "") -> tuple[xr.Dataset | None, str]:
+    """Returns a table, or None and a line saying why there is nothing to show and which command records it."""
     if name not in run.children:
         recorded = recorded_probes(run)
         had = f"; this run was recorded with --probe {' '.join(recorded)}" if recorded else ""
         return (
             None,
-            f"This run holds no table {name!r}. {RECORDED_BY.get(name, f'--probe {name}')} records it{had}.",
+            f"This run holds no table {name!r}. {recorded_with or f'hessprobe train --probe {name}'} records it{had}.",
         )
     dataset = run[name].to_dataset()
     failed = failed_rows(dataset)

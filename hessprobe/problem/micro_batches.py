@@ -103,7 +103,7 @@ class MicroBatches(Sequence[Batch]):
     def weight(self) -> float:
         """What the mean divides by: the number of tokens with a target.
 
-        For weighted classes it is the sum of the weights of the targets' classes, for means over outputs the outputs' number.
+        For weighted classes it is the sum of the weights of the targets' classes, for means over outputs their number.
         """
         return sum(self.weights)
 

@@ -75,24 +75,24 @@ def check_apart(
     # among copies of themselves must then stay as they are, and the others change, or nothing has been tried.
     order = torch.arange(count).clamp(start, stop - 1)
     mixed = tried(lambda: objective.rearranged(batch, order), whole) if count > 1 else None
-    if came is None and mixed is None:
-        return Apart(cuts=False, notes=(_UNVERIFIED,))
-    if (
-        mixed is not None
-        and same_outputs(expected, mixed[middle], halved=halved)
-        and not same_outputs(whole, mixed, halved=halved)
-    ):
+    stayed = mixed is not None and same_outputs(expected, mixed[middle], halved=halved)
+    changed = mixed is not None and not same_outputs(whole, mixed, halved=halved)
+    if stayed and changed:
         _check_loss_apart(objective, batch, whole, count, positions)
         return Apart(cuts=False)
+    if came is None and (mixed is None or not bool(whole.any())):
+        return Apart(cuts=False, notes=(_UNVERIFIED,))
+    if came is None and stayed:
+        raise UserError(_UNMOVED.format(start=start, stop=stop - 1, count=count))
     if came is None:
         assert mixed is not None
         gap = gap_of(expected, mixed[middle])
     else:
         gap, again = gap_of(expected, came), alone()
         if count < 2 or again is None or not same_outputs(came, again, halved=halved):
-            raise UserError(_CHANGING.format(gap=gap))
+            raise UserError(_CHANGING.format(gap=_percent(gap)))
     square = _SQUARE.format(count=count) if count == positions else ""
-    raise UserError(_TOGETHER.format(gap=gap, start=start, stop=stop - 1, count=count) + square)
+    raise UserError(_TOGETHER.format(gap=_percent(gap), start=start, stop=stop - 1, count=count) + square)
 
 
 def _tried(
@@ -127,18 +127,28 @@ def _check_loss_apart(objective: Objective, batch: Batch, z: Tensor, count: int,
         raise UserError(_PAIRED.format(whole=whole / len(z), parts=parts / len(z)))
 
 
+def _percent(gap: float) -> str:
+    """Returns a share of a norm with a digit other than 0 at least: what rounds to none here is more than rounding."""
+    return f"{gap:.1%}" if gap >= 0.0005 else f"{100 * gap:.1g}%"
+
+
 _CHANGING = (
-    "two forward passes of the same batch differ by {gap:.1%} of their norm although the model is measured in eval mode: "
+    "two forward passes of the same batch differ by {gap} of their norm although the model is measured in eval mode: "
     "something random is left on, or something moves from call to call, and every product would be of another function. "
     "Write F.dropout(x, p, training=self.training), scaled_dot_product_attention(..., dropout_p=p if self.training else "
     "0.0), sampling and noise only `if self.training`, and leave no state in the model from one forward pass to the next"
 )
 _TOGETHER = (
-    "sequences see each other: the outputs of sequences {start} to {stop} of {count} alone differ by {gap:.1%} of their "
+    "sequences see each other: the outputs of sequences {start} to {stop} of {count} alone differ by {gap} of their "
     "norm from the same ones among the others, so that no row can be made of single sequences. Where inputs come "
     "positions first, (positions, sequences, ...): pass batch_first=False, or forward= and targets= that put sequences "
     "first. Statistics over the batch and attention between its examples have no curvature by sequence: leave them out "
     "in forward="
+)
+_UNMOVED = (
+    "what is taken for sequences is none: the outputs of the batch stay what they are where sequences {start} to {stop} of "
+    "{count} stand in the places of the others. Where inputs come positions first, (positions, sequences, ...): pass "
+    "batch_first=False, or forward= and targets= that put sequences first"
 )
 _SQUARE = (
     ". This batch has as many sequences as positions ({count}): an entry of positions alone, as position ids (t,) or a mask "

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import xarray as xr
+
 Answers = TypeVar("Answers")
 
 
@@ -18,11 +20,13 @@ class Labelled(Generic[Answers]):
         label: the run's name, no other run's.
         answers: of all its rows. Lines over training show what came after the step of comparison too.
         compared: of its rows up to the step at which runs are compared; of one run alone, the same object.
+        run: the opened run, for what stands outside the instrument's table.
     """
 
     label: str
     answers: Answers
     compared: Answers
+    run: xr.DataTree | None = None
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

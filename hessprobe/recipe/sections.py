@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import tomli_w
-from pydantic import Field
+from pydantic import Field, create_model
 
-from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
-from hessprobe.instruments.gn_hessian.recipe import GNHessianRecipe
-from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
+from hessprobe.instruments.registry import probed
 from hessprobe.recipe.optimizer import OptimizerRecipe
 from hessprobe.recipe.study import StudyRecipe
 from hessprobe.schema.section import Positive, Section
 
-ProbeName = Literal["cross_layer", "gn_hessian", "preconditioner"]
-PROBES: tuple[str, ...] = get_args(ProbeName)
+PROBES: tuple[str, ...] = tuple(probed())
+if TYPE_CHECKING:
+    ProbeName = str
+else:
+    ProbeName = Literal[PROBES]
 LoggerName = Literal["tensorboard", "wandb"]
 
 
@@ -68,12 +69,8 @@ class TrainingRecipe(Section):
     threads: int = Field(default=0, ge=0, description="torch CPU threads; 0 leaves torch's own choice")
 
 
-class Recipe(Section):
-    """Everything a run depends on. Two runs of one recipe on one machine give the same weights, bit for bit.
-
-    loggers: where a few scalars go besides the run's own log; they change nothing in it.
-    With a `study` it is many runs, see StudyRecipe.
-    """
+class RunRecipe(Section):
+    """Everything a run depends on but its instruments and its study, see Recipe."""
 
     name: str = "nano"
     seed: int = Field(default=0, ge=0)
@@ -85,11 +82,34 @@ class Recipe(Section):
     data: DataRecipe = DataRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     training: TrainingRecipe = TrainingRecipe()
-    cross_layer: CrossLayerRecipe = CrossLayerRecipe()
-    gn_hessian: GNHessianRecipe = GNHessianRecipe()
-    preconditioner: PreconditionerRecipe = PreconditionerRecipe()
-    study: StudyRecipe | None = None
 
     def to_toml(self) -> str:
         """Returns the recipe as TOML, every value written out but those left to defaults elsewhere (None)."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+_DOC = """Everything a run depends on. Two runs of one recipe on one machine give the same weights, bit for bit.
+
+    Every instrument has a section of its name.
+    loggers: where a few scalars go besides the run's own log; they change nothing in it.
+    With a `study` it is many runs, see StudyRecipe.
+    """
+
+if TYPE_CHECKING:
+
+    class Recipe(RunRecipe):
+        """Everything a run depends on."""
+
+        study: StudyRecipe | None = None
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Recipe = create_model(
+        "Recipe",
+        __base__=RunRecipe,
+        __module__=__name__,
+        __doc__=_DOC,
+        **{name: (each.settings, each.settings()) for name, each in probed().items()},
+        study=(StudyRecipe | None, None),
+    )

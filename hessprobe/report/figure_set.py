@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 from matplotlib.figure import Figure
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.cross_layer import figures
-from hessprobe.instruments.cross_layer.grouping import figures as grouping_figures
-from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
-from hessprobe.instruments.gn_hessian.figures import discrepancy_drawings
-from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
-from hessprobe.instruments.train import figures as training_figures
-from hessprobe.pictures import paper
+from hessprobe.instruments.registry import EVERY_RUN
+from hessprobe.pictures import matplotlib_pen
+from hessprobe.pictures.picture import Picture
+from hessprobe.reading.rows import sound_rows
+from hessprobe.report.asking import ask, readers
+from hessprobe.report.sections import pictures_of
+from hessprobe.store.reader import require_table
 
-Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray]]
+Draw = Callable[[], tuple[Figure, xr.Dataset | xr.DataArray | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureSet:
-    """The files written, and {figure: why not} of those that could not be drawn."""
+    """The files written, and {figure: why not} of those that could not be drawn, or {instrument: why not} of all its own."""
 
     written: list[Path]
     left_out: dict[str, str]
@@ -37,7 +38,7 @@ def save_figures(
     prefix: str = "",
     step: int | None = None,
     training: bool = True,
-    groupings: GroupingStudy | None = None,
+    groupings: Any = None,
 ) -> FigureSet:
     """Writes all figures of an opened run into a folder.
 
@@ -49,54 +50,48 @@ def save_figures(
         training: whether figures on training alone are drawn too.
         groupings: what `study_groupings` said of its table, where it was asked before (it takes seconds).
     """
-    drawings: dict[str, Draw] = {
-        "coupling": partial(figures.coupling_heatmap, run, step),
-        "coupling_by_distance": partial(figures.coupling_by_distance, run, step),
-        "off_block_energy": partial(figures.off_block_energy_over_training, run),
-        "cross_share": partial(figures.cross_share_over_training, run),
-        "jacobi_radius": partial(grouping_figures.overshoot_over_training, run),
-    }
-    study = groupings
-    if study is None and "cross_layer" in run.children:
-        study = study_groupings(run["cross_layer"].to_dataset())
-    study = study or GroupingStudy(
-        reason="this run holds no table 'cross_layer'; --probe cross_layer records it"
-    )
-    drawings |= {
-        "merge_gains": partial(grouping_figures.merge_gains, study),
-        "grouping_curve": partial(grouping_figures.grouping_curve, study),
-        "importance": partial(grouping_figures.importance_over_training, study),
-    }
-    # Of a table that was not recorded the page says which flag records it.
-    if "gn_hessian" in run.children:
-        drawings |= discrepancy_drawings(run)
-    if "preconditioner" in run.children:
-        drawings |= preconditioner_drawings(run)
-    if training:
-        drawings |= {
-            "loss": partial(training_figures.loss_curve, run),
-            "loss_by_tokens": partial(training_figures.loss_curve, run, "tokens"),
-            "loss_by_seconds": partial(training_figures.loss_curve, run, "seconds"),
-            "step_size": partial(training_figures.step_size_over_training, run),
-            "decrease": partial(training_figures.decrease_over_training, run),
-        }
-    # A step that was asked for and not measured is a mistake in the call.
-    return save_drawings(drawings, folder, prefix=prefix, wanted="" if step is None else "coupling")
+    asked = ask([run], upto=step)
+    if groupings is not None and "cross_layer" in asked.runs:
+        vars(asked.runs["cross_layer"][0].answers)["groupings"] = groupings
+    if step is not None:
+        _check_measured(run, step)
+    drawings: dict[str, Draw] = {}
+    unrecorded: dict[str, str] = {}
+    for each in readers([run]):
+        if each.name == EVERY_RUN and not training:
+            continue
+        answered = asked.recorded(each.name)
+        if answered is None:
+            unrecorded[each.name] = f"this run holds no table {each.name!r}; {each.recorded_with} records it"
+        else:
+            found = pictures_of(each, [answered])
+            drawings |= {
+                picture.name: partial(_draw, picture) for picture in found if picture.where != "page"
+            }
+    saved = save_drawings(drawings, folder, prefix=prefix)
+    return replace(saved, left_out=saved.left_out | unrecorded)
 
 
-def save_drawings(
-    drawings: Mapping[str, Draw], folder: Path, *, prefix: str = "", wanted: str = ""
-) -> FigureSet:
-    """Writes figures by name into a folder; the one `wanted` must be drawn, or its UserError is raised."""
+def _check_measured(run: xr.DataTree, step: int) -> None:
+    """Raises UserError where the coupling was not measured at a step: one that was asked for is a mistake in the call."""
+    measured = sound_rows(require_table(run, "cross_layer"), "coupling")["step"].values
+    if step not in measured:
+        raise UserError(f"step {step} was not measured; measured: {', '.join(str(s) for s in measured[:20])}")
+
+
+def _draw(picture: Picture) -> tuple[Figure, xr.Dataset | xr.DataArray | None]:
+    return matplotlib_pen.draw(picture), picture.data
+
+
+def save_drawings(drawings: Mapping[str, Draw], folder: Path, *, prefix: str = "") -> FigureSet:
+    """Writes figures by name into a folder; of what cannot be drawn, the line that says why."""
     written: list[Path] = []
     left_out: dict[str, str] = {}
     for name, draw in drawings.items():
         try:
             figure, _ = draw()
         except UserError as error:
-            if name == wanted:
-                raise
             left_out[name] = str(error)
         else:
-            written += paper.save(figure, folder, f"{prefix}{name}")
+            written += matplotlib_pen.save(figure, folder, f"{prefix}{name}")
     return FigureSet(written=written, left_out=left_out)

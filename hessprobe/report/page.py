@@ -14,27 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import plotly.io
-import xarray as xr
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
-from hessprobe.instruments.cross_layer.section import cross_layer
-from hessprobe.instruments.gn_hessian.section import gn_hessian
-from hessprobe.instruments.preconditioner.section import preconditioner
-from hessprobe.instruments.train.section import costs, training
 from hessprobe.pictures.section import Section
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.wording import percent, plus_minus
-from hessprobe.report.findings import findings
+from hessprobe.report.asking import Asked, ask
+from hessprobe.report.costs import costs
+from hessprobe.report.findings import findings_of
 from hessprobe.report.provenance import provenance, said_time
+from hessprobe.report.rendering import environment_of, source
+from hessprobe.report.sections import sections_on_instruments
 from hessprobe.report.summary import findings_json, summary_markdown
 
 PAGE = "report.html"
-# In reading order. A later table adds its builder here and a template of the same name.
-SECTIONS = (gn_hessian, preconditioner, training, costs, provenance)
 
 
 def write_report(run: Path, destination: Path | None = None) -> Path:
@@ -55,10 +50,9 @@ def write_report(run: Path, destination: Path | None = None) -> Path:
     path = folder / PAGE if destination is None else Path(destination)
     tree = load_run(run)
     name = str(tree.attrs.get("name") or folder.resolve().name)
-    # Solved for once: the findings and the section on cross-layer importance both speak of it.
-    groupings = study_groupings(tree["cross_layer"].to_dataset()) if "cross_layer" in tree.children else None
-    found = findings(tree, groupings)
-    write_page(path, render(tree, name, found, groupings))
+    asked = ask([tree])
+    found = findings_of(asked)
+    write_page(path, render(asked, name, found))
     beside = "" if path.name == PAGE else f"{path.stem}."
     write_page(path.with_name(f"{beside}findings.json"), findings_json(name, found, tree.attrs))
     write_page(path.with_name(f"{beside}summary.md"), summary_markdown(name, found, tree.attrs))
@@ -81,14 +75,13 @@ def write_page(path: Path, text: str) -> Path:
     return path
 
 
-def render(
-    run: xr.DataTree, name: str, found: Sequence[Finding], groupings: GroupingStudy | None = None
-) -> str:
-    """Returns the page of an opened run as HTML text, with its findings and what `study_groupings` said of it."""
+def render(asked: Asked, name: str, found: Sequence[Finding]) -> str:
+    """Returns the page of one run that was asked as HTML text, with its findings."""
+    run = asked.trees[0]
     return render_page(
         name=name,
         findings=found,
-        sections=[cross_layer(run, groupings), *(build(run) for build in SECTIONS)],
+        sections=[*sections_on_instruments(asked), costs(run), provenance(run)],
         subtitle=_subtitle(run.attrs, datetime.now(UTC)),
     )
 
@@ -103,13 +96,7 @@ def render_page(
     reading: str = "reading.html.j2",
 ) -> str:
     """Returns a page as HTML text: findings, sections in their order, and the template on how to read it."""
-    environment = Environment(
-        loader=PackageLoader("hessprobe.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = environment_of("hessprobe.report")
     environment.filters |= {"percent": percent, "number": plus_minus}
     return environment.get_template("page.html.j2").render(
         name=name,
@@ -120,7 +107,7 @@ def render_page(
         subtitle=subtitle,
         charts=_script_json(sections),
         frames={section.name: section.frames for section in sections if section.frames},
-        source=_source,
+        source=source,
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -132,11 +119,6 @@ def _script_json(sections: Sequence[Section]) -> Markup:
         f"{json.dumps(name)}:{plotly.io.to_json(figure, validate=False)}" for name, figure in charts.items()
     )
     return Markup("{" + ",".join(entries) + "}")
-
-
-def _source(name: str) -> Markup:
-    """Returns a file of this package's templates as it stands (our own style and script, no user's text)."""
-    return Markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
 
 
 def _subtitle(attributes: Mapping[Any, Any], now: datetime) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import xarray as xr
 
 from hessprobe.pictures.section import Section
+from hessprobe.store.attributes import decoded
 
 
 def provenance(run: xr.DataTree) -> Section:
@@ -44,17 +44,6 @@ def said_time(moment: str) -> str:
         return moment
     zone = " UTC" if parsed.utcoffset() == timedelta(0) else f"{parsed: %z}".rstrip()
     return f"{parsed:%Y-%m-%d %H:%M}{zone}"
-
-
-def decoded(value: Any) -> dict[str, Any]:
-    """Returns a JSON attribute as a dict; text that is no JSON object stands as it is, under its own name."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    try:
-        decoded = json.loads(value) if value else {}
-    except (TypeError, ValueError):
-        return {"text": str(value)}
-    return decoded if isinstance(decoded, dict) else {"text": decoded}
 
 
 def said_setting(value: Any) -> str:

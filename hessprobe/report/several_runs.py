@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from hessprobe.instruments.cross_layer.several import cross_layer_charts, last_coupling
-from hessprobe.instruments.gn_hessian.several import several_gn_hessian
-from hessprobe.instruments.preconditioner.several import several_preconditioner
-from hessprobe.instruments.train.answers import measuring_costs, summarize_training
-from hessprobe.instruments.train.charts import by_clock
-from hessprobe.pictures.charts import over_steps
-from hessprobe.pictures.section import Section, table_or_reason
-from hessprobe.pictures.several import lines_over_steps, stored_line
-from hessprobe.reading.rows import sound_rows
+from hessprobe.pictures.section import Section
+from hessprobe.reading.labelled import labels
+from hessprobe.reading.load_run import load_run
 from hessprobe.reading.wording import counted
-from hessprobe.report.differences import Beside, differences, runs_beside
+from hessprobe.report.asking import Asked, ask
+from hessprobe.report.costs import several_costs
+from hessprobe.report.differences import differences
 from hessprobe.report.page import PAGE, render_page, write_page
-from hessprobe.report.provenance import decoded, flat, said_setting, said_time
+from hessprobe.report.provenance import flat, said_setting, said_time
+from hessprobe.report.sections import sections_on_instruments
 from hessprobe.report.summary import findings_json, summary_markdown
+from hessprobe.store.attributes import decoded
 
 
 def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> Path:
@@ -33,23 +30,20 @@ def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> 
     Raises:
         UserError: as `write_report`, for the first run it holds of.
     """
-    beside, common = runs_beside(runs)
+    asked = ask([load_run(run) for run in runs], labels(runs))
     path = Path(runs[0]).resolve().parent / PAGE if destination is None else Path(destination)
-    found, name = differences(beside), " · ".join(run.label for run in beside)
-    at = "each at its last measured step" if common is None else f"compared at step {common:,}"
+    found, name = differences(asked), " · ".join(asked.labels)
+    at = "each at its last measured step" if asked.step is None else f"compared at step {asked.step:,}"
     text = render_page(
         name=name,
         findings=found,
         sections=[
-            _cross_layer(beside),
-            several_gn_hessian(beside),
-            several_preconditioner(beside),
-            _training(beside),
-            _costs(beside),
-            _provenance(beside),
+            *sections_on_instruments(asked),
+            several_costs(asked.labels, asked.trees),
+            _provenance(asked),
         ],
         subtitle=[
-            counted(len(beside), "run"),
+            counted(len(asked.trees), "run"),
             at,
             f"page written {said_time(datetime.now(UTC).isoformat())}",
         ],
@@ -61,73 +55,11 @@ def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> 
     return path
 
 
-def _cross_layer(beside: Sequence[Beside]) -> Section:
-    missing = [
-        f"{run.label}: {reason}" for run in beside if (reason := table_or_reason(run.tree, "cross_layer")[1])
-    ]
-    charts = cross_layer_charts(beside)
-    content = {
-        "missing": missing,
-        "matrices": [run.label for run in beside if last_coupling(run) is not None],
-        "pair": [run.label for run in beside],
-        "no_groupings": [f"{run.label}: {run.groupings.reason}" for run in beside if run.groupings.reason],
-        "damping": max((run.groupings.damping for run in beside if not run.groupings.reason), default=None),
-    }
-    if not charts:
-        return Section(
-            name="cross_layer", title="Cross-layer importance", template="several_cross_layer.html.j2",
-            missing=" ".join(missing) or "No measured row holds a number yet.",
-        )  # fmt: skip
-    return Section(
-        name="cross_layer", title="Cross-layer importance", template="several_cross_layer.html.j2",
-        content=content, charts=charts,
-    )  # fmt: skip
-
-
-def _training(beside: Sequence[Beside]) -> Section:
-    rows, missing = [], []
-    for run in beside:
-        summary = summarize_training(run.tree["train"].to_dataset()) if "train" in run.tree.children else None
-        if summary is None:
-            missing.append(f"{run.label} holds no recorded step of training.")
-        else:
-            rows.append((run.label, summary))
-    charts, clocks = {}, {}
-    for name, variable, title in (
-        ("loss", "held_out_loss", "held-out loss, nats per token"),
-        ("step_size", "step_size", "step size"),
-    ):
-        series = lines_over_steps(beside, stored_line("train", variable))
-        if series:
-            charts[name] = over_steps(series, title).update_layout(showlegend=True)
-        if series and name == "loss":
-            trained = {run.label: run.tree["train"].to_dataset() for run in beside if run.label in dict(rows)}
-            clocks = by_clock(charts[name], [sound_rows(trained[line.label], variable) for line in series])
-    return Section(
-        name="training", title="Training", template="several_training.html.j2", charts=charts, frames=clocks,
-        missing="" if rows else " ".join(missing),
-        content={"rows": rows, "missing": missing, "clocks": {key: each["label"] for key, each in clocks.items()}},
-    )  # fmt: skip
-
-
-def _costs(beside: Sequence[Beside]) -> Section:
-    rows: list[Mapping[str, Any]] = []
-    for run in beside:
-        table = measuring_costs(run.tree)
-        for i, name in enumerate(table["table"].values):
-            numbers = {str(key): float(column.values[i]) for key, column in table.items()}
-            rows.append({"run": run.label, "table": str(name), **numbers})
-    return Section(
-        name="costs", title="Costs of measuring", template="several_costs.html.j2", content={"rows": rows},
-        missing="" if rows else "No table of these runs holds costs.",
-    )  # fmt: skip
-
-
-def _provenance(beside: Sequence[Beside]) -> Section:
+def _provenance(asked: Asked) -> Section:
     """Returns what differs between the runs' recipes, data, devices and versions; what is the same is not repeated."""
     facts: list[dict[str, str]] = []
-    for run in beside:
-        attributes = run.tree.attrs
+    for run in asked.trees:
+        attributes = run.attrs
         known = {key: attributes.get(key) for key in ("device", "seed", "git_commit", "schema_version")}
         for part in ("recipe", "data", "versions"):
             known |= {f"{part}: {key}": value for key, value in flat(decoded(attributes.get(part)), "")}
@@ -139,7 +71,7 @@ def _provenance(beside: Sequence[Beside]) -> Section:
         if len(set(values := [each.get(key, "not recorded") for each in facts])) > 1
     }
     content = {
-        "runs": [run.label for run in beside],
+        "runs": list(asked.labels),
         "differing": differing,
         "same": len(keys) - len(differing),
     }

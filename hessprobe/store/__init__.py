@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, SCHEMA_VERSION, Table, Variable
+from hessprobe.schema.table import SCHEMA_VERSION, Table, Variable
 
 if TYPE_CHECKING:
     from hessprobe.store.reader import open_run, recorded_probes, require_table
     from hessprobe.store.writer import RunWriter
 
 __all__ = [
-    "MEASUREMENT_VARIABLES",
     "SCHEMA_VERSION",
     "RunWriter",
     "Table",

@@ -33,3 +33,14 @@ def _portable(value: Any) -> Any:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Number) and not isinstance(value, bool)
+
+
+def decoded(value: Any) -> dict[str, Any]:
+    """Returns a JSON attribute as a dict; text that is no JSON object stands as it is, under its own name."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    try:
+        decoded = json.loads(value) if value else {}
+    except (TypeError, ValueError):
+        return {"text": str(value)}
+    return decoded if isinstance(decoded, dict) else {"text": decoded}

@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from hessprobe.problem.partition import Partition
 from hessprobe.training.train_row import Totals
 
 FILE = "state.pt"
+# What reading a file raises that is no checkpoint, or not a whole one.
+DAMAGED = (
+    pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, AttributeError, ValueError, OSError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +128,61 @@ def load_checkpoint(
     return {"held_out_loss": float("nan"), "ended": False, **state}
 
 
+class CheckpointFile:
+    """A checkpoint's file, opened once: step, weights and hash are of one state, whatever is moved onto it afterwards.
+
+    Raises:
+        DAMAGED: it is no checkpoint of a run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            self._mapped: Any = mmap(file.fileno(), 0, access=ACCESS_READ)
+        self.step = int(self._state("meta")["step"])  # of a large file only a few kilobytes are read for it
+
+    def start(self, given: str, partition: Partition, said: str) -> Start:
+        """Returns the weights in the order of this partition, and all that is known of where they came from.
+
+        Args:
+            given: what names the checkpoint.
+            said: begins the sentence where they are not to be had.
+
+        Raises:
+            UserError: weights of another model, or not all there.
+        """
+        try:
+            state = self._state("cpu")
+            theta, shapes = state["parameters"], {n: torch.Size(s) for n, s in state["shapes"].items()}
+        except DAMAGED as error:
+            raise _no_checkpoint(said, self.path) from error
+        wanted = {slot.name: slot.shape for slot in partition.slots}
+        apart = [name for name in (*wanted, *shapes) if wanted.get(name) != shapes.get(name)]
+        if apart:
+            there, here = (tuple(s[apart[0]]) if apart[0] in s else "absent" for s in (shapes, wanted))
+            raise UserError(
+                f"{said} holds another model ({len(theta):,} parameters, this one has {partition.size:,}): {apart[0]} is "
+                f"{there} there and {here} here; give the sizes of that run in [model]"
+            )
+        sizes = [shape.numel() for shape in shapes.values()]
+        named = {n: t.view(shapes[n]) for n, t in zip(shapes, theta.split(sizes), strict=True)}
+        return Start(
+            parameters=partition.flatten(named),
+            data=DataPosition(**state["data"]),
+            origin={
+                "path": given,
+                "step": state["step"],
+                "sha256": hashlib.sha256(self._mapped).hexdigest(),
+                # The same for the same weights, whatever else the file says of seconds.
+                "parameters_sha256": hashlib.sha256(theta.numpy().tobytes()).hexdigest(),
+            },
+        )
+
+    def _state(self, device: str) -> dict[str, Any]:
+        self._mapped.seek(0)
+        return torch.load(self._mapped, map_location=device, weights_only=True)
+
+
 def load_start(given: str, partition: Partition) -> Start:
     """Returns the weights of another run's last checkpoint, in the order of this partition.
 
@@ -141,32 +201,15 @@ def load_start(given: str, partition: Partition) -> Start:
         raise UserError(
             f"training.start_from = {given!r}: {what}; give a run's folder or its checkpoint file"
         )
+    said = f"training.start_from = {given!r}"
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        theta, shapes = state["parameters"], {n: torch.Size(s) for n, s in state["shapes"].items()}
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"training.start_from = {given!r}: {file} is no checkpoint of hessprobe; give a run's folder or its "
-            "checkpoint/state.pt"
-        ) from error
-    wanted = {slot.name: slot.shape for slot in partition.slots}
-    apart = [name for name in (*wanted, *shapes) if wanted.get(name) != shapes.get(name)]
-    if apart:
-        there, here = (tuple(s[apart[0]]) if apart[0] in s else "absent" for s in (shapes, wanted))
-        raise UserError(
-            f"training.start_from = {given!r} holds another model ({len(theta):,} parameters, this one has "
-            f"{partition.size:,}): {apart[0]} is {there} there and {here} here; give the sizes of that run in [model]"
-        )
-    sizes = [shape.numel() for shape in shapes.values()]
-    named = {n: t.view(shapes[n]) for n, t in zip(shapes, theta.split(sizes), strict=True)}
-    return Start(
-        parameters=partition.flatten(named),
-        data=DataPosition(**state["data"]),
-        origin={
-            "path": given,
-            "step": state["step"],
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            # The same for the same weights, whatever else the file says of seconds.
-            "parameters_sha256": hashlib.sha256(theta.numpy().tobytes()).hexdigest(),
-        },
+        opened = CheckpointFile(file)
+    except DAMAGED as error:
+        raise _no_checkpoint(said, file) from error
+    return opened.start(given, partition, said)
+
+
+def _no_checkpoint(said: str, file: Path) -> UserError:
+    return UserError(
+        f"{said}: {file} is no checkpoint of hessprobe; give a run's folder or its checkpoint/state.pt"
     )

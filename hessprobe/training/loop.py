@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.machine.devices import peak_memory
 from hessprobe.machine.process_group import own_device
 from hessprobe.machine.processes import ALONE, Processes, together
 from hessprobe.measuring.loggers import check_loggers
 from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes
+from hessprobe.measuring.snapshots import Snapshots
 from hessprobe.optimization.report import StepReport
 from hessprobe.optimization.running import RunningOptimizer, running_optimizer
 from hessprobe.problem.objective import Objective
@@ -93,6 +93,7 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.device, self.totals = recipe, folder, device, totals
         self.objective, self.partition = objective, partition
+        self.snapshots = Snapshots(objective=objective, partition=partition, seed=recipe.seed)
         self.writer, self.console, self.scalars = outputs.writer, outputs.console, outputs.scalars
         self.processes = objective.processes
         self.data = RunData(recipe, corpus, device)
@@ -116,7 +117,7 @@ class Run:
                 if optimizer_state:  # empty at the end of the warm-up
                     optimizer.load_state_dict(optimizer_state)
                 optimizer_state = None
-            before = self.partition.vector(self.objective.model)
+            before = self.snapshots.theta()
             running = self._running(step, optimizer)
             report = self._take(step, optimizer, searching=step >= warmup)
             rejected = rejected + 1 if report.outcome.startswith("rejected") else 0
@@ -213,16 +214,8 @@ class Run:
         """Measures at the parameters before the step, where the update just made was decided."""
         began = time.perf_counter()
         for probe in self.recorder.due(step):
-            snapshot = Snapshot(
-                step=step,
-                objective=self.objective,
-                partition=self.partition,
-                parameters=before,
-                batches=self.data.of_probe(probe, step),
-                update=self.partition.vector(self.objective.model) - before,
-                optimizer=running,
-                seed=self.recipe.seed,
-            )
+            batches = self.data.of_probe(probe, step)
+            snapshot = self.snapshots.take(step, batches, before=before, optimizer=running)
             measurement = self.recorder.record(probe, snapshot)
             self.console.measured(measurement)
             self.scalars.measured(measurement)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
+from hessprobe.report.rendering import environment_of, source
 from hessprobe.validation.figures import Figure
 
 if TYPE_CHECKING:
@@ -20,19 +17,9 @@ BARS = ("gradients", "times bare", "times float32", "gradients' memory")
 
 def render_validation(found: Validation) -> str:
     """Returns the page as HTML text."""
-    environment = Environment(
-        loader=PackageLoader("hessprobe.validation", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = Path(__file__).parents[1] / "report" / "templates" / "style.css"
-    return environment.get_template("validate.html.j2").render(
-        found=found,
-        bars={name: bars(found.of_stage(name)) for name in found.titles},
-        style=Markup(style.read_text(encoding="utf-8")),
-    )
+    template = environment_of("hessprobe.validation").get_template("validate.html.j2")
+    lengths = {name: bars(found.of_stage(name)) for name in found.titles}
+    return template.render(found=found, bars=lengths, style=source("style.css"))
 
 
 def bars(figures: Sequence[Figure]) -> dict[str, float]:

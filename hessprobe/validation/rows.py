@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hessprobe.instruments.snapshot import Snapshot
 from hessprobe.measuring.row_recorder import build_probes
+from hessprobe.measuring.snapshots import Snapshots
 from hessprobe.models.transformer import Decoder, DecoderConfig
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
@@ -54,15 +54,9 @@ def row_of(
     partition = Partition.of(model)
     theta = partition.vector(model)
     update = 0.01 * torch.randn(partition.size, generator=torch.Generator().manual_seed(3))
-    snapshot = Snapshot(
-        step=0,
-        objective=Objective(model),
-        partition=partition,
-        parameters=theta,
-        batches=[(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())],
-        update=update.to(theta),
-        seed=0,
-    )
+    batches = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
+    snapshots = Snapshots(objective=Objective(model), partition=partition, seed=0)
+    snapshot = snapshots.take(0, batches, update=update.to(theta))
     with matmuls(precision):
         return dict(probe.measure(snapshot))
 

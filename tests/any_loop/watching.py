@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.problem.partition import Partition
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
+from hessprobe.schema.table import Table
 
 MEASURED = [v.name for v in MEASUREMENT_VARIABLES if v.name not in ("seconds", "peak_memory")]
 

@@ -32,7 +32,7 @@ ALLOWED: dict[str, str] = {
     "instruments/declared": "schema instruments",
     "instruments/measure": "schema instruments instruments/declared problem machine curvature estimation kernels "
     "optimization",
-    "instruments/reading": "instruments instruments/declared reading pictures store",
+    "instruments/reading": "schema instruments instruments/declared reading pictures store",
     "recipe": "schema instruments instruments/declared",
     "measuring": "instruments instruments/measure recipe schema store machine problem optimization",
     "training": "measuring instruments instruments/declared instruments/measure recipe schema store models "
@@ -45,7 +45,7 @@ ALLOWED: dict[str, str] = {
     "comparison": "report reading pictures store",
     # Looks at everything, and only the command line knows it (see the test below).
     "validation": "recipe problem curvature kernels estimation optimization store instruments "
-        "instruments/declared instruments/measure measuring training any_loop models text machine",
+        "instruments/declared instruments/measure measuring training any_loop report models text machine",
 }  # fmt: skip
 # File -> what it imports beyond its stage's row.
 BEYOND: dict[str, set[str]] = {
@@ -53,30 +53,15 @@ BEYOND: dict[str, set[str]] = {
     "kernels/features.py": {"models"},
     # What passes cost is said in one file, which computes nothing.
     "kernels/stream.py": {"curvature"},
-    # Until instruments are asked through their registry.
-    "any_loop/sharded_parameters.py": {"instruments/measure"},
-    "measuring/row_recorder.py": {"instruments/measure"},
-    "measuring/console.py": {"instruments/declared"},
-    "comparison/runs.py": {"instruments/reading"},
-    **dict.fromkeys(
-        ("report/differences.py", "report/figure_set.py", "report/findings.py", "report/page.py", "report/several_runs.py",
-         "report/terminal.py"),
-        {"instruments/reading"},
-    ),
-    **dict.fromkeys(
-        ("pictures/several.py", "instruments/cross_layer/several.py", "instruments/gn_hessian/several.py",
-         "instruments/preconditioner/several.py", "instruments/train/section.py"),
-        {"report"},
-    ),
 }  # fmt: skip
 # The doors: lazy names, the command line and `python -m` may reach anything, but see the last two tests.
-DOORS = {"__init__", "__main__", "cli", "analysis"}
+DOORS = {"__init__", "__main__", "cli", "analysis", "testing"}
 # Where torch is imported at all; everything else runs where there is none.
 WITH_TORCH = {
     "machine", "problem", "models", "text", "curvature", "estimation", "kernels", "optimization", "instruments/measure",
     "measuring", "training", "any_loop", "checkpoints", "integrations", "validation",
 }  # fmt: skip
-DECLARED = {"__init__", "recipe", "table"}
+DECLARED = {"__init__", "candidates", "recipe", "table"}
 
 
 class Import(NamedTuple):
@@ -94,7 +79,9 @@ class Import(NamedTuple):
 def stage_of(file: Path) -> str:
     """Returns the stage of a file of the package, or of the module at this place."""
     parts = file.relative_to(PACKAGE).with_suffix("").parts
-    if parts == ("instruments", "snapshot") or (parts[0] == "instruments" and parts[2:3] == ("measure",)):
+    if parts in (("instruments", "snapshot"), ("instruments", "probe")) or (
+        parts[0] == "instruments" and parts[2:3] == ("measure",)
+    ):
         return "instruments/measure"
     if parts[0] != "instruments" or len(parts) < 3:
         return parts[0]

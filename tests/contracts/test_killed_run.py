@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from hessprobe.schema.table import CHECK_VARIABLES
+from hessprobe.instruments.row_variables import CHECK_VARIABLES
 from tests.training.runs import assert_same_rows, state, tables, text_file, tiny
 
 pytestmark = pytest.mark.processes

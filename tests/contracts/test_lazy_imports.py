@@ -58,7 +58,7 @@ import sys
 sys.modules.update(dict.fromkeys(("torch", "curvlinops", "backpack", "pytorch_optimizer")))  # import raises
 from pathlib import Path
 import hessprobe as hp
-import hessprobe.analysis, hessprobe.instruments.cross_layer.figures, hessprobe.store
+import hessprobe.analysis, hessprobe.instruments.cross_layer.pictures, hessprobe.store
 from hessprobe.report.page import write_report
 from hessprobe.report.terminal import show
 from rich.console import Console

@@ -21,6 +21,7 @@ from transformers import (
 import hessprobe as hp
 from hessprobe.errors import UserError
 from hessprobe.integrations.transformers import ProbeCallback
+from tests.integrations import small_transformers
 from tests.integrations.small_transformers import (
     MODELS,
     SMALL,
@@ -127,7 +128,7 @@ class Stream(IterableDataset):
 
 
 def test_a_stream_needs_batches_of_its_own(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(globals(), "training_set", lambda kind: Stream())
+    monkeypatch.setattr(small_transformers, "training_set", lambda kind: Stream())
     bare = train("gpt2", tmp_path)
     said = train("gpt2", tmp_path, ProbeCallback(tmp_path / "refused", SMALL))
     assert same_weights(bare, said)
@@ -224,7 +225,7 @@ class SmallDevice(Trainer):
 def test_a_retry_with_a_smaller_batch_goes_on_or_is_recorded_beside(
     tmp_path, fits_until, monkeypatch, caplog
 ):
-    monkeypatch.setitem(globals(), "Trainer", SmallDevice)
+    monkeypatch.setattr(small_transformers, "Trainer", SmallDevice)
     monkeypatch.setattr(SmallDevice, "fits_until", fits_until)
     options = {"auto_find_batch_size": True, "max_steps": 2}
     bare = train("gpt2", tmp_path, **options)

@@ -13,6 +13,7 @@ import torch
 
 from hessprobe.errors import UserError
 from hessprobe.instruments.cross_layer.measure.probe import CrossLayerProbe
+from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.machine.devices import peak_memory
 from hessprobe.measuring import row_recorder as recorder
@@ -20,7 +21,7 @@ from hessprobe.measuring.row_recorder import ProbeRecorder, build_probes, check_
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import build_recipe
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
+from hessprobe.schema.table import Table
 from hessprobe.store.writer import RunWriter
 from hessprobe.training.loop import train
 from tests import models

@@ -257,6 +257,32 @@ def test_a_batch_of_which_no_sequence_can_be_moved_is_noted():
     )
 
 
+def test_outputs_that_show_nothing_of_sequences_that_cannot_be_cut_are_noted():
+    torch.manual_seed(0)
+    model, (x, y) = PositionsFirst(), batch(4, 5)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    found = check(
+        model, [(x.T.contiguous(), y.T.reshape(-1), torch.randn(1, 4, WIDTH))], batch_first=False,
+        forward=lambda m, b: m(b[0], b[2]).view(*b[0].shape, CLASSES), targets=lambda b: b[1].view_as(b[0]),
+    )  # fmt: skip
+    assert len(found.notes) == 1 and "sequences unverified" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("amount", "said"), [(3e-4, r"differ by 0\.0\d*[1-9]% "), (0.3, r"differ by \d+\.\d% ")]
+)
+def test_however_little_sequences_see_of_each_other_it_is_said_in_a_digit_at_least(amount, said):
+    class Seeing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            z = super().forward(x)
+            return z + amount * z.mean(0)
+
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match=said):
+        check(Seeing(0.0), [batch()])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("passed", ["mean of means", "list", "over tokens"])
 def test_a_mean_over_micro_batches_of_unequal_tokens_is_said(dropout, passed):

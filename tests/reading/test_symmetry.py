@@ -7,7 +7,9 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import findings
-from hessprobe.instruments.cross_layer.section import cross_layer
+from hessprobe.instruments.cross_layer.answers import CrossLayerAnswers
+from hessprobe.instruments.cross_layer.section import content
+from hessprobe.reading.labelled import Labelled
 from hessprobe.reading.symmetry import LIMIT, asymmetric_rows, asymmetry
 from tests.instruments.cross_layer.tables import table
 
@@ -42,6 +44,6 @@ def test_a_log_without_gaps_and_a_failed_row_have_none():
 
 
 def test_the_page_says_so_in_the_section():
-    run = xr.DataTree.from_dict({"/cross_layer": log([1e-7, 0.2, 1e-7, 1e-7])})
-    content = cross_layer(run).content
-    assert "1 row (step 10)" in content["asymmetry"]
+    answers = CrossLayerAnswers(log([1e-7, 0.2, 1e-7, 1e-7]))
+    said = content([Labelled(label="", answers=answers, compared=answers)])
+    assert "1 row (step 10)" in said["asymmetry"]

@@ -48,4 +48,4 @@ def quick(monkeypatch):
             path.touch()
         return paths
 
-    monkeypatch.setattr("hessprobe.pictures.paper.save", touched)
+    monkeypatch.setattr("hessprobe.pictures.matplotlib_pen.save", touched)

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import zarr
 
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable
+from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
+from hessprobe.instruments.cross_layer.table import cross_layer_table as declared_table
+from hessprobe.instruments.train.table import train_table
+from hessprobe.schema.table import Table
 from hessprobe.store.writer import RunWriter
 
 LAYERS = ("embedding", *(f"block.{i}" for i in range(4)), "head")
-PAIR = ("step", "block", "other_block")
-TRAIN = (
-    "loss", "held_out_loss", "step_size", "update_norm", "gradient_norm", "predicted_decrease",
-    "actual_decrease", "tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents",
-)  # fmt: skip
+STEP_SIZES = (1.0, 0.5)
 
 
 def attributes(blocks: Sequence[str] = LAYERS, **changes: Any) -> dict[str, Any]:
@@ -35,41 +34,11 @@ def attributes(blocks: Sequence[str] = LAYERS, **changes: Any) -> dict[str, Any]
 
 
 def cross_layer_table(blocks: Sequence[str] = LAYERS, sketches: tuple[int, int] | None = None) -> Table:
-    """Returns the layout; with `sketches` (sequences, rounds), that of layer kernels."""
-    names = [("fro2", PAIR), ("fro2_stderr", PAIR), ("coupling", PAIR), ("coupling_stderr", PAIR),
-             ("off_block_energy", ("step",)), ("off_block_energy_stderr", ("step",)),
-             ("step_curvature", ("step", "direction", "block", "other_block")),
-             ("step_slope", ("step", "direction", "block")),
-             ("gradient_norm2", ("step", "block"))]  # fmt: skip
-    labels: dict[str, Sequence] = {
-        "block": blocks, "other_block": blocks, "direction": ["update", "negative_gradient"]}  # fmt: skip
-    attributes: dict[str, object] = {"samples": 8}
-    if sketches is not None:
-        names += [("kernel", ("step", "block", "sketch", "other_sketch")),
-                  ("alignment", ("step", "direction", "block", "sketch")), ("sequence_tokens", ("step", "sketch")),
-                  ("jacobi_radius", ("step",)), ("jacobi_radius_held_out", ("step",)), ("rounds", ("step",))]  # fmt: skip
-        sequences, rounds = sketches
-        labels["sketch"] = labels["other_sketch"] = list(range(sequences * rounds))
-        attributes = {"jacobi_damping": 0.1, "method": "kernels",
-                      "sketch_sequence": [m % sequences for m in labels["sketch"]],
-                      "sketch_round": [m // sequences for m in labels["sketch"]]}  # fmt: skip
-    variables = [
-        Variable(
-            name=n, dims=d, units="1", long_name=n, estimator="invented",
-            dtype="float32" if n == "kernel" else "float64",
-        )
-        for n, d in names
-    ]  # fmt: skip
-    return Table(name="cross_layer", variables=(*variables, *MEASUREMENT_VARIABLES), coordinates=labels,
-                 attributes=attributes)  # fmt: skip
-
-
-def train_table() -> Table:
-    variables = [Variable(name=n, dims=("step",), units="1", long_name=n, estimator="exact") for n in TRAIN]
-    search = Variable(
-        name="line_search_loss", dims=("step", "alpha"), units="1", long_name="loss", estimator="exact"
-    )
-    return Table(name="train", variables=(*variables, search), coordinates={"alpha": [1.0, 0.5]})
+    """Returns the layout of products; with `sketches` (sequences, rounds), that of layer kernels."""
+    if sketches is None:
+        return declared_table(CrossLayerRecipe(method="products"), tuple(blocks))
+    sequences, rounds = sketches
+    return declared_table(CrossLayerRecipe(sequences=sequences, rounds=rounds), tuple(blocks))
 
 
 def cross_layer_row(blocks: Sequence[str], time: float, rng: np.random.Generator) -> dict[str, Any]:
@@ -83,7 +52,7 @@ def cross_layer_row(blocks: Sequence[str], time: float, rng: np.random.Generator
     fro2 = coupling * np.sqrt(np.outer(norms, norms))
     factors = rng.standard_normal((2, size, 3)) + 0.8
     return {
-        "fro2": fro2, "fro2_stderr": 0.04 * fro2, "coupling": coupling,
+        "fro2": fro2, "fro2_stderr": 0.04 * fro2, "fro2_low": 0.93 * fro2, "fro2_high": 1.09 * fro2, "coupling": coupling,
         "coupling_stderr": np.where(distance == 0, 0.0, 0.015 + 0.01 * rng.random((size, size))),
         "off_block_energy": 1 - np.trace(fro2) / fro2.sum(), "off_block_energy_stderr": 0.012,
         "step_curvature": factors @ factors.transpose(0, 2, 1), "step_slope": rng.standard_normal((2, size)),
@@ -113,6 +82,7 @@ def sketches_row(
         "kernel": np.stack(kernel), "alignment": np.stack([np.full_like(along, np.nan), -np.stack(along)]),
         "gradient_norm2": np.array(norm2), "sequence_tokens": np.full(rounds * sequences, 64.0),
         "jacobi_radius": 3.2 - time, "jacobi_radius_held_out": 2.7 - time, "rounds": float(rounds),
+        "coupling_error": 0.02,
     }  # fmt: skip
 
 
@@ -121,7 +91,9 @@ def train_row(step: int, last: int, evaluated: bool, rng: np.random.Generator) -
     size = float(rng.choice([1.0, 0.7071, 0.5]))
     return {
         "loss": loss, "held_out_loss": loss + 0.05 if evaluated else np.nan, "step_size": size,
-        "update_norm": size,
+        "update_norm": size, "outcome": "accepted", "decrease_ratio": 0.25 / 0.3, "peak_memory": 3.1e8,
+        "inner_loss": np.array([loss]), "inner_loss_first": loss, "inner_loss_last": loss - 0.1,
+        "inner_residual": 0.01, "inner_iterations": 5.0,
         "line_search_loss": np.array([loss, loss + 0.1]), "gradient_norm": 1.0,
         "predicted_decrease": 0.3 * np.exp(-3 * step / max(last, 1)), "tokens": 8192.0 * (step + 1),
         "actual_decrease": 0.25 * np.exp(-3 * step / max(last, 1)), "line_search_tokens": 4096.0 * (step + 1),
@@ -138,7 +110,7 @@ def write_long_run(folder: Path, *, blocks: Sequence[str], every: int, train_ste
         "cross_layer": [cross_layer_row(blocks, step / train_steps, rng) for step in steps],
     }
     writer = RunWriter.create(folder, attributes(blocks))
-    writer.add_table(train_table(), range(train_steps))
+    writer.add_table(train_table(STEP_SIZES, 1), range(train_steps))
     writer.add_table(cross_layer_table(blocks), steps)
     writer.close()
     for name, written in rows.items():
@@ -176,7 +148,7 @@ def write_run(
     """
     rng = np.random.default_rng(seed)
     writer = RunWriter.create(folder, attributes(blocks, **changes))
-    writer.add_table(train_table(), range(train_steps) if train_steps else None)
+    writer.add_table(train_table(STEP_SIZES, 1), range(train_steps) if train_steps else None)
     for step in range(train_steps):
         writer.write("train", step, train_row(step, train_steps - 1, step % 5 == 0, rng))
     if steps is not None:

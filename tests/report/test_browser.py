@@ -15,7 +15,7 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import open_run
-from hessprobe.instruments.cross_layer.answers import coupling
+from hessprobe.instruments.cross_layer.coupling import coupling
 from hessprobe.report.page import write_report
 from hessprobe.report.several_runs import write_runs_report
 from tests.instruments.gn_hessian.runs import add_gn_hessian
@@ -41,7 +41,7 @@ SECTIONS = [
 CHARTS = [
     "coupling",
     "shares",
-    "distance",
+    "coupling_by_distance",
     "off_block_energy",
     "cross_share",
     "loss",
@@ -111,7 +111,7 @@ def grouped(sketched, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("width", [1280, 400])
 def test_groupings_show_and_hovering_says_value_error_and_what_is_not_resolved(visit, grouped, width):
     tab = visit(grouped, width, "dark" if width == 400 else "light")
-    for name in ("merge_gains", "grouping_curve", "importance", "overshoot"):
+    for name in ("merge_gains", "grouping_curve", "importance", "jacobi_radius"):
         box = tab.locator(f"#chart-{name} .main-svg").first.bounding_box()
         assert box["width"] > 300 and box["x"] + box["width"] <= width, name
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -126,7 +126,7 @@ def test_groupings_show_and_hovering_says_value_error_and_what_is_not_resolved(v
 
 
 @pytest.fixture(scope="module")
-def discrepancies(tmp_path_factory) -> Path:
+def both(tmp_path_factory) -> Path:
     """Returns the page of a run with the tables gn_hessian and preconditioner."""
     folder = write_preconditioner_run(tmp_path_factory.mktemp("runs") / "run")
     add_gn_hessian(folder, density_blocks=LAYERS[:1])
@@ -134,10 +134,8 @@ def discrepancies(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
-def test_both_other_instruments_show_every_chart_without_sideways_scrolling(
-    visit, discrepancies, width, scheme
-):
-    tab = visit(discrepancies, width, scheme)
+def test_both_other_instruments_show_every_chart_without_sideways_scrolling(visit, both, width, scheme):
+    tab = visit(both, width, scheme)
     assert tab.locator("section > h2 + .missing").count() == 1  # no cross_layer table
     for section in ("gn_hessian", "preconditioner"):
         boxes = tab.evaluate(
@@ -153,9 +151,11 @@ def test_both_other_instruments_show_every_chart_without_sideways_scrolling(
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-@pytest.mark.parametrize("chart", ["gn_gap", "gn_directions", "layerwise_over_full", "scoreboard"])
-def test_hovering_their_charts_says_a_value(visit, discrepancies, chart):
-    tab = visit(discrepancies)
+@pytest.mark.parametrize(
+    "chart", ["gn_gap", "gn_directions", "layerwise_over_full", "preconditioner_scoreboard"]
+)
+def test_hovering_their_charts_says_a_value(visit, both, chart):
+    tab = visit(both)
     said = hover(tab, chart, *place(tab, chart, -1, 0))
     assert re.search(r"\d", said) and "undefined" not in said and "%{" not in said
 
@@ -164,7 +164,14 @@ def test_several_runs_stand_side_by_side(visit, run, sketched, tmp_path):
     path = write_runs_report([run, sketched], tmp_path / "both.html")
     for width in (1280, 400):
         tab = visit(path, width)
-        for name in ("coupling-0", "coupling-1", "distance", "off_block_energy", "loss", "grouping_curve"):
+        for name in (
+            "coupling-0",
+            "coupling-1",
+            "coupling_by_distance",
+            "off_block_energy",
+            "loss",
+            "grouping_curve",
+        ):
             assert tab.locator(f"#chart-{name} .main-svg").first.is_visible(), name
         legend = tab.locator("#chart-off_block_energy .legendtext").all_text_contents()
         assert legend == [run.name, sketched.name]
@@ -270,12 +277,14 @@ def test_hovering_says_which_pair_its_value_and_its_error(visit, page, log: xr.D
     # The pair farthest from its distance's mean, whose dot the pointer cannot miss; pairs are in order of coupling.
     values, apart = upper(last["coupling"].values), upper(np.abs(np.subtract.outer(range(6), range(6))))
     far = np.abs(values - np.array([values[apart == d].mean() for d in apart])).argmax()
-    said = hover(tab, "distance", *place(tab, "distance", 0, int((values > values[far]).sum())))
+    said = hover(
+        tab, "coupling_by_distance", *place(tab, "coupling_by_distance", 0, int((values > values[far]).sum()))
+    )
     assert f"{values[far]:.3g}" in said and f" ± {upper(last['coupling_stderr'].values)[far]:.2g}" in said
     assert " × " in said
     said = hover(tab, "off_block_energy", across=0.99, down=0.1)
     energy = log["cross_layer"].to_dataset().sel(step=30)
-    assert f"{float(energy['off_block_energy']):.4g} ± {float(energy['off_block_energy_stderr']):.4g}" in said
+    assert f"{float(energy['off_block_energy']):.4g} ± {float(energy['off_block_energy_stderr']):.2g}" in said
 
 
 def test_the_loss_lies_along_the_clock_chosen_in_any_scheme(visit, page, log: xr.DataTree):

@@ -80,7 +80,7 @@ def test_the_cross_share_says_what_a_block_diagonal_model_sees():
     finding = said(changed(step_curvature=curvature))["cross_share_update"]
     assert finding.value == pytest.approx(share, rel=1e-12) and finding.stderr is None
     assert "40.0 % of the curvature" in finding.sentence and "sees 60.0 %" in finding.sentence
-    assert "exact on 16 sequences" == finding.basis
+    assert finding.basis == "exact on 16 sequences"
     cancelling = np.full((4, 2, 5, 5), -0.1) + 0.7 * np.eye(5)
     finding = said(changed(step_curvature=cancelling))["cross_share_update"]
     assert (

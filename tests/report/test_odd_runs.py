@@ -16,6 +16,7 @@ import zarr
 
 from hessprobe.cli import main
 from hessprobe.errors import UserError
+from hessprobe.instruments.train.table import train_table
 from hessprobe.report import page as page_module
 from hessprobe.report.page import write_report
 from hessprobe.store.writer import RunWriter
@@ -23,12 +24,12 @@ from tests.report.odd_text import HOSTILE
 from tests.report.page_reading import facts, script_json
 from tests.report.runs import (
     LAYERS,
+    STEP_SIZES,
     attributes,
     cross_layer_row,
     cross_layer_table,
     sketches_row,
     train_row,
-    train_table,
     write_run,
 )
 
@@ -81,7 +82,7 @@ def test_a_run_without_attributes_or_tables_gives_a_page(tmp_path):
 def test_a_run_in_progress_gives_the_page_so_far(tmp_path):
     rng = np.random.default_rng(0)
     writer = RunWriter.create(tmp_path / "run", attributes())
-    writer.add_table(train_table(), range(100))
+    writer.add_table(train_table(STEP_SIZES, 1), range(100))
     writer.add_table(cross_layer_table(), None)
     writer.write("train", 0, train_row(0, 100, True, rng))
     writer.write("cross_layer", 0, cross_layer_row(LAYERS, 0.0, rng))
@@ -182,7 +183,7 @@ def test_dead_layers_infinities_and_rows_of_nothing_leave_a_page(tmp_path):
     """A layer without curvature gives NaN in its row and column; overflow gives infinities."""
     rng = np.random.default_rng(0)
     writer = RunWriter.create(tmp_path / "run", attributes())
-    writer.add_table(train_table(), range(6))
+    writer.add_table(train_table(STEP_SIZES, 1), range(6))
     writer.add_table(cross_layer_table(LAYERS, (8, 4)), range(6))
     for step in range(6):
         row = cross_layer_row(LAYERS, step / 6, rng) | sketches_row(LAYERS, step / 6, rng, (8, 4))
@@ -244,11 +245,11 @@ def test_reading_and_reporting_need_no_torch(run, tmp_path):
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path; from rich.console import Console\n"
         "from hessprobe.report.page import write_report\n"
-        "from hessprobe.instruments.cross_layer.figures import coupling_heatmap\n"
+        "from hessprobe.report.figure_set import save_figures\n"
         "from hessprobe.report.terminal import show\n"
         "from hessprobe.analysis import open_run\n"
         "path = Path(sys.argv[1]); write_report(path, Path(sys.argv[2]) / 'page.html')\n"
-        "coupling_heatmap(open_run(path)); show(path, Console())\n"
+        "save_figures(open_run(path), Path(sys.argv[2])); show(path, Console())\n"
     )
     subprocess.run([sys.executable, "-c", code, str(run), str(tmp_path)], check=True, capture_output=True)
     assert (tmp_path / "page.html").stat().st_size > 1_000_000

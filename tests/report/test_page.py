@@ -85,7 +85,7 @@ def test_the_loss_can_be_laid_along_every_clock(text, log):
         assert f'name="clock" value="{clock}"' in text
     assert "%{x:,.0f} tokens" in clocks["tokens"]["hover"][1]
     lines = script_json(text, "chart-data")["loss"]["data"]
-    np.testing.assert_array_equal(numbers(lines[1]["customdata"]), evaluated["step"])
+    assert "step %{x}" in lines[1]["hovertemplate"]
 
 
 def test_the_findings_state_the_stored_numbers(text, table, log):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -15,9 +16,13 @@ import zarr
 from hessprobe.analysis import open_run
 from hessprobe.cli import main
 from hessprobe.errors import UserError
+from hessprobe.instruments.cross_layer.answers import coupling_difference
 from hessprobe.reading.labelled import labels
+from hessprobe.reading.load_run import load_run
 from hessprobe.reading.trend import standard_errors_of_largest
-from hessprobe.report.differences import coupling_difference, differences, runs_beside
+from hessprobe.report.asking import Asked, ask
+from hessprobe.report.differences import differences
+from hessprobe.report.findings import findings_of
 from hessprobe.report.several_runs import write_runs_report
 from tests.report.odd_text import HOSTILE
 from tests.report.page_reading import numbers, script_json
@@ -39,6 +44,10 @@ def text(runs: list[Path]) -> str:
     path = write_runs_report(runs)
     assert path == runs[0].parent / "report.html"
     return path.read_text(encoding="utf-8")
+
+
+def asked_of(runs: list[Path]) -> Asked:
+    return ask([load_run(run) for run in runs], labels(runs))
 
 
 def stored(runs: list[Path], name: str, table: str = "cross_layer", upto: int = 20) -> list:
@@ -73,7 +82,7 @@ def test_every_line_is_what_is_stored_and_matrices_are_of_the_last_common_step(t
         off = ~np.eye(len(LAYERS), dtype=bool)
         np.testing.assert_allclose(shown[off], matrix[-1][off], rtol=1e-6)
     means = [[np.diagonal(m[-1], offset=d).mean() for d in range(1, 6)] for m in stored(runs, "coupling")]
-    for line, expected in zip(charts["distance"]["data"], means, strict=True):
+    for line, expected in zip(charts["coupling_by_distance"]["data"], means, strict=True):
         np.testing.assert_allclose(numbers(line["y"]), expected)
     for line, values in zip(charts["loss"]["data"], stored(runs, "held_out_loss", "train", 99), strict=True):
         np.testing.assert_array_equal(numbers(line["y"]), values[np.isfinite(values)])
@@ -117,21 +126,18 @@ def test_the_finding_claims_a_difference_only_beyond_its_error(text, runs):
 
 
 @pytest.mark.parametrize(("apart", "resolved"), [(0.3, True), (0.01, False)])
-def test_two_runs_are_told_apart_or_not(runs, monkeypatch, apart, resolved):
-    beside, common = runs_beside(runs)
-    assert common == 20
-    one = next(f for f in beside[0].found if f.name == "off_block_energy")
-    for run, value in zip(beside, (0.2, 0.2 + apart), strict=True):
-        stated = type(one)(**{**vars(one), "value": value, "stderr": 0.05})
-        monkeypatch.setitem(vars(run), "found", [stated])
-    finding = differences(beside)[0]
+def test_two_runs_are_told_apart_or_not(runs, apart, resolved):
+    asked = asked_of(runs)
+    assert asked.step == 20
+    one = next(f for f in findings_of(asked) if f.name == "off_block_energy")
+    found = [[replace(one, value=value, stderr=0.05)] for value in (0.2, 0.2 + apart)]
+    finding = differences(asked, found)[0]
     assert finding.resolved is resolved and finding.value == pytest.approx(apart)
     assert ("second lies above first by 30.0 ± 7.1 percentage points" in finding.sentence) is resolved
 
 
 def test_the_difference_of_couplings_is_blank_within_its_errors(runs):
-    beside, _ = runs_beside(runs)
-    apart = coupling_difference(*beside)
+    apart = coupling_difference(*(run.compared for run in asked_of(runs).runs["cross_layer"]))
     assert apart is not None
     (first, second), (e1, e2) = ([x[-1] for x in stored(runs, n)] for n in ("coupling", "coupling_stderr"))
     size, stderr = second - first, np.hypot(e1, e2)
@@ -164,9 +170,10 @@ def test_runs_of_other_blocks_without_probes_or_of_one_name_stand_side_by_side_t
 def test_a_common_step_that_comes_too_early_is_not_taken(tmp_path):
     one = write_run(tmp_path / "one", steps=(0, 10, 20), train_steps=4)
     other = write_run(tmp_path / "other", steps=(0, 11, 21), train_steps=4)
-    beside, common = runs_beside([one, other])
-    assert common is None and "At their last measured steps" in differences(beside)[0].sentence
-    assert differences(beside)[0].steps == (20, 21)
+    asked = asked_of([one, other])
+    finding = differences(asked)[0]
+    assert asked.step is None and "At their last measured steps" in finding.sentence
+    assert finding.steps == (20, 21)
 
 
 def test_the_command_takes_several_runs(runs, tmp_path, monkeypatch, capsys):

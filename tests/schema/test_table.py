@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hessprobe.store import MEASUREMENT_VARIABLES, Table, Variable
+from hessprobe.store import Table, Variable
 
 
 def variable(name: str = "loss", dims: tuple[str, ...] = ("step",), dtype: str = "float64") -> Variable:
@@ -58,12 +58,3 @@ def test_a_long_run_makes_few_files_and_a_large_row_one():
         coordinates={"block": blocks, "other_block": blocks, "sketch": sketches, "other_sketch": sketches},
     )
     assert [table.chunk_rows(v) for v in table.variables] == [512, 41, 1]
-
-
-def test_every_measurement_says_its_unit_and_how_it_was_had():
-    names = [v.name for v in MEASUREMENT_VARIABLES]
-    assert names == [
-        "loss", "tokens", "sequences", "damping", "symmetry_gap", "seconds", "gradient_equivalents", "peak_memory",
-    ]  # fmt: skip
-    for v in MEASUREMENT_VARIABLES:
-        assert v.units and v.long_name and v.estimator and v.dims == ("step",)

@@ -6,16 +6,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.optimization.baselines import FirstOrderOptimizer
-from hessprobe.optimization.directions import Place, directions
 from hessprobe.optimization.gauss_newton import GaussNewton
+from hessprobe.optimization.place import Place
 from hessprobe.optimization.running import running_optimizer
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
+from hessprobe.schema.table import Table
 from hessprobe.training import loop
 from tests import models
+from tests.instruments.preconditioner.asking import directions
 from tests.training.runs import recipe, state
 
 

@@ -11,7 +11,8 @@ import torch
 
 from hessprobe.analysis import load_run
 from hessprobe.errors import UserError
-from hessprobe.instruments.train.section import training as training_section
+from hessprobe.instruments.train.section import content
+from hessprobe.report.asking import ask
 from hessprobe.text.corpus import Corpus
 from hessprobe.training import loop
 from hessprobe.training.builds import build_model
@@ -53,12 +54,13 @@ class TestStopAt:
         folder = tmp_path / "run"
         train(recipe(folder, *ADAMW, "training.steps=9", f"training.stop_at={losses[1]}"), folder)
         run = load_run(folder)
-        content = training_section(run).content
-        assert content["target"] == losses[1] and content["planned"] == 9
+        (training,) = ask([run]).runs["train"]
+        said = content([training])
+        assert said["target"] == losses[1] and said["planned"] == 9
         run.attrs["recipe"] = json.dumps({"training": {"steps": 9, "stop_at": 0.001}})
-        assert training_section(run).content["target"] is None
+        assert content([training])["target"] is None
         run.attrs["recipe"] = json.dumps({"training": {"steps": 9}})
-        assert training_section(run).content["target"] is None
+        assert content([training])["target"] is None
 
     def test_a_target_that_is_not_reached_is_not_a_number_of_steps(self, tmp_path, capsys):
         folder = tmp_path / "run"

@@ -1,140 +1,145 @@
-"""How strongly layers couple through the Gauss-Newton matrix G, from the `cross_layer` table.
-
-coupling_ij = |G_ij|_F^2 / sqrt(|G_ii|_F^2 |G_jj|_F^2), in [0, 1] up to noise: linear CKA of the layers'
-tangent kernels (Kornblith et al. 2019). Off-block energy is 1 - sum_i |G_ii|_F^2 / |G|_F^2. Along a
-direction d the share of d.Gd that lies between layers is 1 - sum_i d_i.G_ii d_i / d.Gd, signed.
-"""
+"""What a `cross_layer` table answers, each question once: sentences, pictures, page and terminal read the same object."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import xarray as xr
 
+from hessprobe.instruments.cross_layer import coupling as pairs
+from hessprobe.instruments.cross_layer.grouping.study import GroupingStudy, study_groupings
+from hessprobe.reading.labelled import Labelled
 from hessprobe.reading.rows import sound_rows
+from hessprobe.reading.trend import standard_errors_of_largest
 
-_NUMBERED = re.compile(r"(?:^|\.)block\.(\d+)(?:\.|$)")
-
-
-def coupling(table: xr.Dataset) -> xr.Dataset:
-    """Returns `coupling` and `coupling_stderr` (step, block, other_block) of the rows that carry numbers."""
-    return _with_error(table, "coupling", ("step", "block", "other_block"))
+# Other variables (layer kernels) can be far larger than memory.
+READ = ("step", "direction", "block", "other_block")
+NO_ROWS = xr.Dataset(coords={"step": np.empty(0, dtype=np.int64)})
 
 
-def off_block_energy(table: xr.Dataset) -> xr.Dataset:
-    """Returns `off_block_energy` and its standard error (step): the share of |G|_F^2 between layers."""
-    return _with_error(table, "off_block_energy", ("step",))
+class CrossLayerAnswers:
+    """The answers of one run's table.
 
-
-def curvature_shares(step_curvature: xr.DataArray) -> xr.DataArray:
-    """Returns d_i.G_ij d_j / d.Gd (..., block, other_block): where a step's curvature lies; cells sum to 1.
-
-    NaN where d.Gd is not above zero (no step was taken, or the row carries no number).
+    Args:
+        table: as recorded.
+        groupings: what `study_groupings` said of the table, where it was asked before or at a damping that other runs
+            share; default at the table's own. It takes seconds.
     """
-    whole = step_curvature.sum(["block", "other_block"], skipna=False)
-    return step_curvature / whole.where(whole > 0)
+
+    def __init__(self, table: xr.Dataset, *, groupings: GroupingStudy | None = None) -> None:
+        self._recorded, self._groupings = table, groupings
+
+    @cached_property
+    def table(self) -> xr.Dataset:
+        """Everything but sketches and their kernels, in memory."""
+        others = [dim for dim in self._recorded.dims if dim not in READ]
+        return self._recorded.drop_dims(others).load()
+
+    @cached_property
+    def groupings(self) -> GroupingStudy:
+        """Which layers a preconditioner should join, at one damping."""
+        return study_groupings(self._recorded) if self._groupings is None else self._groupings
+
+    @cached_property
+    def measured(self) -> xr.Dataset:
+        """The rows that carry a coupling, with all that `table` holds of them."""
+        return sound_rows(self.table, "coupling")
+
+    @cached_property
+    def coupling(self) -> xr.Dataset:
+        """As `coupling.coupling`."""
+        return pairs.coupling(self.table)
+
+    @cached_property
+    def strongest_pairs(self) -> xr.Dataset | None:
+        """Every pair of the last row (pair,), the most strongly coupled first; None without a row."""
+        rows = self.coupling
+        return (
+            pairs.strongest_pairs(rows.isel(step=-1), rows.sizes["block"] ** 2)
+            if rows.sizes["step"]
+            else None
+        )
+
+    @cached_property
+    def depths(self) -> np.ndarray:
+        """As `coupling.depths`."""
+        return pairs.depths(self.coupling["block"].values)
+
+    @cached_property
+    def by_distance(self) -> xr.Dataset:
+        """As `coupling.coupling_by_distance`."""
+        return pairs.coupling_by_distance(self.table)
+
+    @cached_property
+    def energy_rows(self) -> xr.Dataset:
+        """The rows that carry an off-block energy, with all that `table` holds of them."""
+        return sound_rows(self.table, "off_block_energy")
+
+    @cached_property
+    def off_block_energy(self) -> xr.Dataset:
+        """As `coupling.off_block_energy`."""
+        return pairs.off_block_energy(self.table)
+
+    @cached_property
+    def shares(self) -> xr.DataArray | None:
+        """Where a step's curvature lies (step, direction, block, other_block); None where none was measured."""
+        rows = sound_rows(self.table, "step_curvature")
+        if rows.sizes["step"] == 0:
+            return None
+        shares = pairs.curvature_shares(rows["step_curvature"])
+        return shares.transpose("step", "direction", "block", "other_block")
+
+    @cached_property
+    def cross_share(self) -> xr.DataArray | None:
+        """The share of a step's curvature between layers (step, direction); None where none was measured."""
+        return None if self.shares is None else pairs.between_layers(self.shares)
+
+    @cached_property
+    def update_share(self) -> tuple[xr.Dataset, np.ndarray]:
+        """The rows with a cross share along the update, and the shares (step,)."""
+        shares = self.cross_share
+        if shares is None or "update" not in shares["direction"].values:
+            return self.table.isel(step=slice(0, 0)), np.empty(0)
+        along = shares.sel(direction="update")
+        along = along.isel(step=np.flatnonzero(np.isfinite(along.values)))
+        return self.table.sel(step=along["step"].values), along.values
+
+    @cached_property
+    def jacobi_radius(self) -> xr.Dataset:
+        """As `coupling.jacobi_radius`."""
+        return pairs.jacobi_radius(self.table)
+
+    def at_damping(self, damping: float) -> CrossLayerAnswers:
+        """Returns these answers with groupings at another damping; what can be said of none stays so."""
+        if self.groupings.reason or self.groupings.damping == damping:
+            return self
+        study = study_groupings(self._recorded, damping)
+        return CrossLayerAnswers(self._recorded, groupings=study)
 
 
-def cross_share(step_curvature: xr.DataArray) -> xr.DataArray:
-    """Returns the share of d.Gd that lies between layers, off-diagonal sum / whole sum (...,), signed.
+def at_one_damping(runs: Sequence[Labelled[CrossLayerAnswers]]) -> list[Labelled[CrossLayerAnswers]]:
+    """Returns several runs with groupings at one damping, the smallest that serves every run's sketches."""
+    studies = [run.compared.groupings for run in runs]
+    damping = max((study.damping for study in studies if not study.reason), default=np.nan)
+    return [replace(run, compared=run.compared.at_damping(damping)) for run in runs]
 
-    0.2: a block-diagonal model sees 80 % of this step's curvature. Negative: layers' terms cancel, and a
-    block-diagonal model sees more curvature than there is. Exact on the batch: it carries no sampling error.
+
+def coupling_difference(first: CrossLayerAnswers, second: CrossLayerAnswers) -> xr.Dataset | None:
+    """Returns the second run's coupling minus the first's at their last rows (block, other_block), with its error.
+
+    NaN where a pair lies within its errors: as many as make noise among all pairs as rare as two do for one. None for
+    runs of different blocks, or without rows.
     """
-    shares = curvature_shares(step_curvature)
-    diagonal = np.trace(shares.transpose(..., "block", "other_block").values, axis1=-2, axis2=-1)
-    kept = shares.isel(block=0, other_block=0, drop=True)
-    result = kept.copy(data=1 - diagonal)
-    result.attrs = {"long_name": "share of d.Gd between layers", "units": "1"}
-    return result.rename("cross_share")
-
-
-def jacobi_radius(table: xr.Dataset) -> xr.Dataset:
-    """Returns how far a layerwise step overshoots (step): `low` and `high`, its two estimates in order, and `damping`.
-
-    lambda_max((D + mu)^-1 (G + mu)): `high` from the sketches themselves, `low` along a direction found on half of the
-    sequences and judged on the other; noise may swap them. The largest stable layerwise step is below 2 over it.
-    """
-    rows = sound_rows(table, "jacobi_radius")
-    own = rows["jacobi_radius"].values if "jacobi_radius" in rows else np.empty(0)
-    held_out = rows["jacobi_radius_held_out"].values if "jacobi_radius_held_out" in rows else own
-    return xr.Dataset(
-        {
-            "low": ("step", np.fmin(own, held_out)),
-            "high": ("step", np.fmax(own, held_out)),
-            "damping": ("step", np.full(own.size, float(table.attrs.get("jacobi_damping", np.nan)))),
-        },
-        coords={"step": rows["step"].values},
-    )
-
-
-def depths(blocks: np.ndarray) -> np.ndarray:
-    """Returns each block's depth (l,): N for `block.N`, one before the first for the embedding, one after for
-    the head; NaN for a block with no single place (a tied `embedding+head`, names of the user's own)."""
-    names = [str(name) for name in blocks]
-    numbered = [_NUMBERED.search(name) for name in names]
-    found = [int(match[1]) for match in numbered if match]
-    ends = {"embedding": min(found, default=0) - 1, "head": max(found, default=0) + 1} if found else {}
-    return np.array(
-        [
-            float(match[1]) if match else float(ends.get(name.split(".")[0], np.nan))
-            for match, name in zip(numbered, names, strict=True)
-        ]
-    )
-
-
-def coupling_by_distance(table: xr.Dataset) -> xr.Dataset:
-    """Returns the mean coupling of the pairs of blocks at each layer distance (step, distance), with error.
-
-    Variables `coupling`, `coupling_stderr`, `pairs` (distance). Pairs share their probes, so their errors are
-    not independent: the error is the mean of the pairs' errors, which bounds it whatever the correlation
-    (triangle inequality). Pairs with a block of no known depth are left out; no pair left gives length 0.
-    """
-    rows = coupling(table)
-    where = depths(rows["block"].values)
-    first, second = np.triu_indices(len(where), k=1)
-    distance = np.abs(where[first] - where[second])
-    known = np.unique(distance[np.isfinite(distance)])
-    values = {name: rows[name].values[:, first, second] for name in rows.data_vars}
-    means = {
-        name: np.stack([_mean(value[:, distance == d]) for d in known], axis=1)
-        if known.size
-        else np.empty((value.shape[0], 0))
-        for name, value in values.items()
-    }
-    return xr.Dataset(
-        {str(name): (("step", "distance"), mean) for name, mean in means.items()}
-        | {"pairs": ("distance", [int((distance == d).sum()) for d in known])},
-        coords={"step": rows["step"].values, "distance": known.astype(int)},
-    )
-
-
-def strongest_pairs(row: xr.Dataset, count: int = 8) -> xr.Dataset:
-    """Returns the `count` most strongly coupled pairs of one row of `coupling`, strongest first (pair,).
-
-    The first of many noisy pairs is biased upwards; read the order together with the errors.
-    """
-    first, second = np.triu_indices(row.sizes["block"], k=1)
-    values, errors = row["coupling"].values[first, second], row["coupling_stderr"].values[first, second]
-    order = np.argsort(-values, kind="stable")  # NaN last
-    order = order[np.isfinite(values[order])][:count]
-    names = row["block"].values
-    return xr.Dataset(
-        {"coupling": ("pair", values[order]), "coupling_stderr": ("pair", errors[order])},
-        coords={"block": ("pair", names[first[order]]), "other_block": ("pair", names[second[order]])},
-    )
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Returns the mean over the last axis of the finite values, NaN where there is none."""
-    count = np.isfinite(values).sum(axis=-1)
-    return np.where(count > 0, np.nansum(values, axis=-1) / np.maximum(count, 1), np.nan)
-
-
-def _with_error(table: xr.Dataset, name: str, dims: tuple[str, ...]) -> xr.Dataset:
-    """Returns a quantity and its standard error on the rows that carry it; no rows if it is not there."""
-    rows, names = sound_rows(table, name), [name, f"{name}_stderr"]
-    for absent in [each for each in names if each not in rows]:
-        rows = rows.assign({absent: (dims, np.full([rows.sizes[dim] for dim in dims], np.nan))})
-    return rows[names].compute()
+    if not (first.coupling.sizes["step"] and second.coupling.sizes["step"]):
+        return None
+    rows = [each.coupling.isel(step=-1, drop=True) for each in (first, second)]
+    if list(rows[0]["block"].values) != list(rows[1]["block"].values):
+        return None
+    size = rows[1]["coupling"] - rows[0]["coupling"]
+    stderr = np.hypot(rows[0]["coupling_stderr"], rows[1]["coupling_stderr"])
+    layers = size.sizes["block"]
+    enough = standard_errors_of_largest(layers * (layers - 1) // 2)
+    return xr.Dataset({"difference": size.where(abs(size) > enough * stderr), "stderr": stderr})

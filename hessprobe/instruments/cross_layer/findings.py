@@ -3,48 +3,37 @@
 from __future__ import annotations
 
 import numpy as np
-import xarray as xr
 
-from hessprobe.instruments.cross_layer.answers import (
-    coupling_by_distance,
-    cross_share,
-    jacobi_radius,
-    off_block_energy,
-    strongest_pairs,
-)
+from hessprobe.instruments.cross_layer.answers import CrossLayerAnswers
+from hessprobe.instruments.cross_layer.grouping.findings import grouping_findings
 from hessprobe.reading.finding import Finding
-from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.trend import STANDARD_ERRORS, standard_errors_of_largest, trend
 from hessprobe.reading.trend_finding import trend_finding
 from hessprobe.reading.wording import basis, counted, percent, plus_minus
 
 
-def cross_layer_findings(table: xr.Dataset) -> list[Finding]:
-    """Returns the findings on cross-layer curvature at the last measured step, most important first."""
-    found = [ask(table) for ask in (off_block, update_share, strongest_pair, distance, overshoot)]
-    return [finding for finding in found if finding is not None]
-
-
-def cross_layer_trends(table: xr.Dataset) -> list[Finding]:
-    """Returns how cross-layer curvature moves over training; none with fewer than four measured rows."""
-    found = [ask(table) for ask in (off_block_trend, update_share_trend)]
-    return [finding for finding in found if finding is not None]
+def findings(answers: CrossLayerAnswers) -> list[Finding]:
+    """Returns the findings on cross-layer curvature: at the last measured step, on groupings, then over training."""
+    now = [ask(answers) for ask in (off_block, update_share, strongest_pair, distance, overshoot)]
+    trends = [ask(answers) for ask in (off_block_trend, update_share_trend)]
+    known, moving = ([finding for finding in each if finding is not None] for each in (now, trends))
+    return [*known, *grouping_findings(answers.groupings), *moving]
 
 
 # The recipe's word for the matrix whose blocks were measured -> its name and symbol in a sentence.
-_MATRICES = {
+MATRICES = {
     "gauss_newton": ("the Gauss-Newton matrix", "G"),
     "hessian": ("the Hessian", "H"),
     "residual": ("the residual H - G", "H - G"),
 }
 
 
-def off_block(table: xr.Dataset) -> Finding | None:
+def off_block(answers: CrossLayerAnswers) -> Finding | None:
     """Returns how much of |G|_F^2 lies between layers at the last measured step."""
-    rows = sound_rows(table, "off_block_energy")
+    rows = answers.energy_rows
     if rows.sizes["step"] == 0:
         return None
-    row, energy = rows.isel(step=-1), off_block_energy(rows).isel(step=-1)
+    row, energy = rows.isel(step=-1), answers.off_block_energy.isel(step=-1)
     step, value, stderr = (
         int(row["step"]),
         float(energy["off_block_energy"]),
@@ -52,7 +41,7 @@ def off_block(table: xr.Dataset) -> Finding | None:
     )
     resolved = abs(value) > STANDARD_ERRORS * stderr
     what = percent(value, stderr)
-    matrix, symbol = _MATRICES[table.attrs.get("matrix", "gauss_newton")]
+    matrix, symbol = MATRICES[answers.table.attrs.get("matrix", "gauss_newton")]
     return Finding(
         name="off_block_energy",
         sentence=f"At step {step:,}, {what} of the squared norm of {matrix} lies between "
@@ -70,19 +59,9 @@ def off_block(table: xr.Dataset) -> Finding | None:
     )
 
 
-def _update_shares(table: xr.Dataset) -> tuple[xr.Dataset, np.ndarray]:
-    """Returns the rows with a cross share along the update, and the shares (step,)."""
-    rows = sound_rows(table, "step_curvature")
-    if rows.sizes["step"] == 0 or "update" not in rows["direction"].values:
-        return rows.isel(step=slice(0, 0)), np.empty(0)
-    shares = cross_share(rows["step_curvature"].sel(direction="update")).values
-    keep = np.flatnonzero(np.isfinite(shares))
-    return rows.isel(step=keep), shares[keep]
-
-
-def update_share(table: xr.Dataset) -> Finding | None:
+def update_share(answers: CrossLayerAnswers) -> Finding | None:
     """Returns how much of the last measured update's curvature lies between layers."""
-    rows, shares = _update_shares(table)
+    rows, shares = answers.update_share
     if shares.size == 0:
         return None
     row, share = rows.isel(step=-1), float(shares[-1])
@@ -111,15 +90,12 @@ def update_share(table: xr.Dataset) -> Finding | None:
     )
 
 
-def strongest_pair(table: xr.Dataset) -> Finding | None:
+def strongest_pair(answers: CrossLayerAnswers) -> Finding | None:
     """Returns the pair of layers that couples most at the last measured step, or those that share the top."""
-    rows = sound_rows(table, "coupling")
-    if rows.sizes["step"] == 0:
+    pairs = answers.strongest_pairs
+    if pairs is None or pairs.sizes["pair"] == 0:
         return None
-    row = rows.isel(step=-1)
-    pairs = strongest_pairs(row, count=row.sizes["block"] ** 2)
-    if pairs.sizes["pair"] == 0:
-        return None
+    row = answers.measured.isel(step=-1)
     values, errors = pairs["coupling"].values, pairs["coupling_stderr"].values
     value, stderr, step = float(values[0]), float(errors[0]), int(row["step"])
     name = f"{pairs['block'].values[0]} and {pairs['other_block'].values[0]}"
@@ -147,10 +123,9 @@ def strongest_pair(table: xr.Dataset) -> Finding | None:
     )
 
 
-def distance(table: xr.Dataset) -> Finding | None:
+def distance(answers: CrossLayerAnswers) -> Finding | None:
     """Returns whether neighbours couple more than the layers farthest apart, at the last measured step."""
-    rows = sound_rows(table, "coupling")
-    by_distance = coupling_by_distance(rows)
+    by_distance = answers.by_distance
     measured = by_distance.where(by_distance["distance"] >= 1, drop=True)
     if measured.sizes["step"] == 0 or measured.sizes["distance"] < 2:
         return None
@@ -171,20 +146,21 @@ def distance(table: xr.Dataset) -> Finding | None:
         f"{int(near['distance'])} apart, {numbers[1]} between layers {int(far['distance'])} apart.",
         value=difference,
         stderr=stderr,
-        basis=basis(rows.isel(step=-1)),
+        basis=basis(answers.measured.isel(step=-1)),
         steps=(step,),
         resolved=resolved,
     )
 
 
-def overshoot(table: xr.Dataset) -> Finding | None:
+def overshoot(answers: CrossLayerAnswers) -> Finding | None:
     """Returns how far a layerwise step overshoots at the last measured step, between its two estimates."""
-    rows = jacobi_radius(table)
+    rows = answers.jacobi_radius
     if rows.sizes["step"] == 0:
         return None
-    row, whole = rows.isel(step=-1), sound_rows(table, "jacobi_radius").isel(step=-1)
+    row = rows.isel(step=-1)
+    whole = answers.table.sel(step=int(row["step"]))
     low, high, step = float(row["low"]), float(row["high"]), int(row["step"])
-    most = table.sizes["block"]
+    most = answers.table.sizes["block"]
     return Finding(
         name="jacobi_radius",
         sentence=f"At step {step:,}, layerwise Gauss-Newton overshoots {low:.3g} to {high:.3g} times along its worst "
@@ -197,10 +173,9 @@ def overshoot(table: xr.Dataset) -> Finding | None:
     )
 
 
-def off_block_trend(table: xr.Dataset) -> Finding | None:
+def off_block_trend(answers: CrossLayerAnswers) -> Finding | None:
     """Returns whether off-block energy rises or falls over training."""
-    rows = sound_rows(table, "off_block_energy")
-    energy = off_block_energy(rows)
+    rows, energy = answers.energy_rows, answers.off_block_energy
     errors = energy["off_block_energy_stderr"].values
     each = basis(rows.isel(step=-1)) if errors.size else ""
     line = trend(energy["step"].values, energy["off_block_energy"].values, errors)
@@ -208,9 +183,9 @@ def off_block_trend(table: xr.Dataset) -> Finding | None:
     return None if line is None else trend_finding("off_block_energy_trend", what, line, each, share=True)
 
 
-def update_share_trend(table: xr.Dataset) -> Finding | None:
+def update_share_trend(answers: CrossLayerAnswers) -> Finding | None:
     """Returns whether the cross share along the update rises or falls over training."""
-    rows, shares = _update_shares(table)
+    rows, shares = answers.update_share
     line = trend(rows["step"].values, shares)
     each = basis(rows.isel(step=-1), exact=True) if shares.size else ""
     what = "the share of the update's curvature between layers"

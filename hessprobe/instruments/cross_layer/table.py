@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable, declared, of_quantity
+from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
+from hessprobe.schema.table import Table, Variable, declared, of_quantity
 
 DIRECTIONS = ("update", "negative_gradient")
 

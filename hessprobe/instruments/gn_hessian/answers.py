@@ -1,117 +1,165 @@
-"""How far the Gauss-Newton matrix G is from the Hessian H = G + R, from the `gn_hessian` table: norms, traces, directions.
-
-gn_gap = ||R||_F / ||G||_F; the residual's share of both squared norms is gn_gap^2 / (1 + gn_gap^2). Along a direction d,
-d.Hd / d.Gd is 1 where R does not matter and negative where H curves down.
-"""
+"""What a table `gn_hessian` answers, each question asked once: sentences, page, paper and terminal share the numbers."""
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import numpy as np
 import xarray as xr
 
+from hessprobe.instruments.gn_hessian import ladder, norms, spectrum
+from hessprobe.instruments.gn_hessian.norms import GAUSS_NEWTON, HESSIAN, measured
+from hessprobe.instruments.gn_hessian.table import LADDER_DIRECTIONS
+from hessprobe.pictures.room import evenly_spaced
 from hessprobe.reading.rows import sound_rows
-from hessprobe.reading.statistics import student
-from hessprobe.reading.trend import STANDARD_ERRORS, standard_errors_of_largest
+from hessprobe.reading.wording import basis
 
-GAUSS_NEWTON, HESSIAN, RESIDUAL = MATRICES = ("gauss_newton", "hessian", "residual")
-_ROW, _WHOLE, _BLOCK = ("step",), ("step", "matrix"), ("step", "block")
-_NODE, _GAP = ("step", "matrix", "probe", "ritz"), ("step", "ladder_direction", "alpha")
-_BLOCK_NODE = ("step", "matrix", "density_block", "probe", "ritz")
-MODELS = (GAUSS_NEWTON, HESSIAN, "prox_linear", "loss")
-LABELS: dict[str, list[str]] = {"matrix": list(MATRICES), "model": list(MODELS)}
-# What this file and its neighbours read; older and newer tables may hold more or less.
-DIMS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("gn_gap", "cosine", "gauss_newton_step_residual", "gauss_newton_step_iterations"), _ROW),
-    **dict.fromkeys(("gn_gap_stderr", "cosine_stderr"), _ROW),
-    **dict.fromkeys(("fro2", "trace", "fro2_stderr", "trace_stderr"), _WHOLE),
-    **dict.fromkeys(("lambda_max", "lambda_min", "lambda_max_residual", "lambda_min_residual"), _WHOLE),
-    **dict.fromkeys(("block_gn_gap", "block_gn_gap_stderr", "block_cosine", "block_cosine_stderr"), _BLOCK),
-    **dict.fromkeys(("block_fro2", "block_fro2_stderr"), ("step", "matrix", "block")),
-    **dict.fromkeys(("ritz_value", "ritz_weight", "ritz_residual"), _NODE),
-    **dict.fromkeys(("block_ritz_value", "block_ritz_weight", "block_ritz_residual"), _BLOCK_NODE),
-    **dict.fromkeys(("direction_norm", "direction_slope"), ("step", "direction")),
-    "direction_curvature": ("step", "matrix", "direction"),
-    "change": ("step", "ladder_direction", "model", "alpha"),
-    **dict.fromkeys(("beyond_second_order", "beyond_second_order_stderr"), _GAP),
-    **dict.fromkeys(("linearisation", "linearisation_stderr"), _GAP),
-}
+# Any of these makes a row worth a page.
+ASKED = ("gn_gap", "ritz_value", "direction_curvature", "change", "block_gn_gap", "trace")
+DENSITIES_OVER_TRAINING = 5
+DENSITY_BLOCKS = 8
 
 
-def measured(table: xr.Dataset, name: str, *others: str) -> xr.Dataset:
-    """Returns the named variables, in memory, on the rows in which the first was measured; no rows where there are none.
+class GNHessianAnswers:
+    """Gauss-Newton against Hessian over a run.
 
-    NaN for variables, matrices and models that the table does not hold.
+    Args:
+        table: as recorded; rows may have failed, and variables may be missing.
     """
-    marks = ("failure", "recorded")
-    rows = sound_rows(table[["step", *(each for each in (name, *others, *marks) if each in table)]], name)
-    found = rows.drop_vars(marks, errors="ignore").load()
-    for dim in dict.fromkeys(dim for each in (name, *others) for dim in DIMS[each][1:]):
-        labels = LABELS.get(dim, [])
-        if dim not in found.coords:
-            found = found.assign_coords({dim: table[dim].values if dim in table.coords else labels})
-        elif not set(labels) <= set(map(str, found[dim].values)):
-            found = found.reindex({dim: labels})
-    for each in others if name in found else (name, *others):
-        if each not in found:
-            found[each] = (DIMS[each], np.full([found.sizes[dim] for dim in DIMS[each]], np.nan))
-    return found.assign_attrs(table.attrs)
 
+    def __init__(self, table: xr.Dataset) -> None:
+        self.table = table
 
-def gn_gap(table: xr.Dataset) -> xr.Dataset:
-    """Returns how far H is from G over training (step), each with its standard error.
+    @cached_property
+    def steps(self) -> list[int]:
+        """The steps of which anything was measured."""
+        return sorted(
+            {int(step) for name in ASKED for step in sound_rows(self.table, name)["step"].values.tolist()}
+        )
 
-    Variables `gn_gap`, `cosine` (jackknifed, as stored) and `residual_share`, gap^2 / (1 + gap^2), with the gap's error.
-    """
-    rows = measured(table, "gn_gap", "gn_gap_stderr", "cosine", "cosine_stderr")
-    return rows.assign(_share("residual_share", rows["gn_gap"], rows["gn_gap_stderr"]))
+    def basis(self, step: int) -> str:
+        """Returns what the numbers of a step rest on, random probes apart."""
+        return basis(self.table.sel(step=step), exact=True)
 
+    @property
+    def samples(self) -> int:
+        """Probes behind each norm and trace of the whole matrices."""
+        return int(self.table.attrs.get("samples", 2))
 
-def block_gap(table: xr.Dataset) -> xr.Dataset:
-    """Returns the same of every diagonal block (step, block): `gn_gap`, `cosine`, `residual_share`, with errors."""
-    rows = measured(
-        table, "block_gn_gap", *(f"block_{name}" for name in ("gn_gap_stderr", "cosine", "cosine_stderr"))
-    )
-    rows = rows.rename({str(name): str(name).removeprefix("block_") for name in rows.data_vars})
-    return rows.assign(_share("residual_share", rows["gn_gap"], rows["gn_gap_stderr"]))
+    @cached_property
+    def gap(self) -> xr.Dataset:
+        """As `gn_gap`."""
+        return norms.gn_gap(self.table)
 
+    @cached_property
+    def block_gap(self) -> xr.Dataset:
+        """As `block_gap`."""
+        return norms.block_gap(self.table)
 
-def residual_by_block(table: xr.Dataset) -> xr.Dataset:
-    """Returns where the residual lies: `share` (step, block) of sum_b ||R_bb||_F^2, with `share_stderr`.
+    @cached_property
+    def residual_by_block(self) -> xr.Dataset:
+        """As `residual_by_block`."""
+        return norms.residual_by_block(self.table)
 
-    Each block had probes of its own, so errors are independent. Of what lies between blocks nothing is said.
-    """
-    rows = measured(table, "block_fro2", "block_fro2_stderr").sel(matrix=RESIDUAL, drop=True)
-    value, variance = rows["block_fro2"], rows["block_fro2_stderr"] ** 2
-    whole = value.sum("block", skipna=False)
-    whole = whole.where(whole > 0)
-    share = value / whole
-    others = variance.sum("block", skipna=False) - variance
-    return xr.Dataset(
-        {"share": share, "share_stderr": np.sqrt((1 - share) ** 2 * variance + share**2 * others) / whole}
-    )
+    @cached_property
+    def traces(self) -> xr.Dataset:
+        """As `traces`."""
+        return norms.traces(self.table)
 
+    @cached_property
+    def directions(self) -> xr.Dataset:
+        """Length and curvature of every direction over training, with `ratio`, d.Hd / d.Gd."""
+        rows = measured(self.table, "direction_curvature", "direction_norm")
+        return rows.assign(ratio=norms.curvature_ratio(self.table))
 
-def traces(table: xr.Dataset) -> xr.Dataset:
-    """Returns `trace` and `trace_stderr` of G, H and R over training (step, matrix)."""
-    return measured(table, "trace", "trace_stderr")
+    @cached_property
+    def update_ratio(self) -> xr.DataArray:
+        """d.Hd / d.Gd along the update on the rows that hold it."""
+        along = self.directions["ratio"].reindex(direction=["update"]).isel(direction=0)
+        return along.isel(step=np.flatnonzero(np.isfinite(along.values)))
 
+    @cached_property
+    def solve(self) -> xr.Dataset:
+        """How well the Gauss-Newton step was solved for, over training."""
+        return measured(self.table, "gauss_newton_step_residual", "gauss_newton_step_iterations")
 
-def curvature_ratio(table: xr.Dataset) -> xr.DataArray:
-    """Returns d.Hd / d.Gd over training (step, direction), exact on the batch; NaN where d.Gd is not above zero."""
-    rows = measured(table, "direction_curvature")["direction_curvature"]
-    of_g, of_h = (rows.sel(matrix=name, drop=True) for name in (GAUSS_NEWTON, HESSIAN))
-    return (of_h / of_g.where(of_g > 0)).rename("curvature_ratio")
+    @property
+    def step_damping(self) -> float:
+        """The damping of the Gauss-Newton step; NaN where the table does not say."""
+        return float(self.table.attrs.get("step_damping") or np.nan)
 
+    @cached_property
+    def extremes(self) -> xr.Dataset:
+        """As `extremes`."""
+        return spectrum.extremes(self.table)
 
-def errors_to_claim(freedom: int, count: int = 1) -> float:
-    """Returns how many standard errors the largest of `count` numbers must lie beyond, for an error from few probes.
+    @cached_property
+    def negative(self) -> xr.Dataset:
+        """As `negative_curvature`, of H alone; no rows where no spectrum was measured."""
+        rows = spectrum.negative_curvature(self.table)
+        return rows.sel(matrix=HESSIAN) if rows.sizes["step"] else rows
 
-    Two for many probes; more, by Student's t, for an error known from `freedom` + 1 of them: 2.4 for 8, 12.7 for 2.
-    """
-    few = max(student(freedom), STANDARD_ERRORS) if freedom >= 1 else np.inf
-    return few * standard_errors_of_largest(count) / STANDARD_ERRORS
+    @cached_property
+    def density(self) -> tuple[int, xr.Dataset] | None:
+        """The last row's step and densities, as `smoothed_density`."""
+        nodes = sound_rows(self.table, "ritz_value")
+        found = spectrum.smoothed_density(nodes.isel(step=-1)) if nodes.sizes["step"] else None
+        return None if found is None else (int(nodes["step"][-1]), found)
 
+    @cached_property
+    def densities(self) -> dict[int, xr.Dataset]:
+        """The densities of some rows, evenly spaced over training, by step; the last among them."""
+        nodes = sound_rows(self.table, "ritz_value")
+        if nodes.sizes["step"] == 0:
+            return {}
+        kept = evenly_spaced(nodes.sizes["step"], DENSITIES_OVER_TRAINING)[:-1]
+        found = {int(nodes["step"][i]): spectrum.smoothed_density(nodes.isel(step=int(i))) for i in kept}
+        known = {step: density for step, density in found.items() if density is not None}
+        return known | dict([self.density] if self.density else [])
 
-def _share(name: str, gap: xr.DataArray, stderr: xr.DataArray) -> dict[str, xr.DataArray]:
-    bound = 1 + gap**2
-    return {name: gap**2 / bound, f"{name}_stderr": 2 * gap / bound**2 * stderr}
+    @cached_property
+    def block_densities(self) -> dict[str, xr.Dataset | None]:
+        """The last row's densities of the diagonal blocks that were asked for, of very many the first."""
+        nodes = sound_rows(self.table, "block_ritz_value")
+        if nodes.sizes["step"] == 0:
+            return {}
+        names = [str(name) for name in nodes["density_block"].values[:DENSITY_BLOCKS]]
+        return {name: spectrum.smoothed_density(nodes.isel(step=-1), name) for name in names}
+
+    @cached_property
+    def ladder(self) -> xr.Dataset:
+        """As `ladder`."""
+        return ladder.ladder(self.table)
+
+    @cached_property
+    def along(self) -> dict[str, xr.Dataset]:
+        """The ladder along each direction that it has, on the rows that hold it."""
+        rows, found = self.ladder, {}
+        for name in LADDER_DIRECTIONS if rows.sizes["step"] else ():
+            if name in rows["ladder_direction"].values:
+                one = rows.sel(ladder_direction=name)
+                known = np.flatnonzero(np.isfinite(one["change"].values).any((1, 2)))
+                found |= {name: one.isel(step=known)} if known.size else {}
+        return found
+
+    @cached_property
+    def at_full_length(self) -> dict[str, xr.Dataset]:
+        """The same at the direction's own length."""
+        return {name: rows.sel(alpha=ladder.full_length(rows)) for name, rows in self.along.items()}
+
+    @cached_property
+    def errors_over_training(self) -> dict[str, xr.Dataset]:
+        """The model's two errors along each direction at its own length, in units of the change that G promises."""
+        found = {}
+        for name, rows in self.at_full_length.items():
+            promised = abs(rows["change"].sel(model=GAUSS_NEWTON, drop=True))
+            names = [f"{each}{tail}" for each in ladder.ERRORS for tail in ("", "_stderr")]
+            found[name] = rows[names] / promised.where(promised > 0)
+        return found
+
+    @property
+    def symmetry_gap(self) -> float | None:
+        """The largest gap |u.Av - v.Au| of the products; None where none was measured."""
+        rows = sound_rows(self.table, "symmetry_gap")
+        values = rows["symmetry_gap"].values if "symmetry_gap" in rows else np.empty(0)
+        return float(np.nanmax(values)) if values.size else None

@@ -5,17 +5,9 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.gn_hessian.answers import (
-    GAUSS_NEWTON,
-    HESSIAN,
-    RESIDUAL,
-    block_gap,
-    curvature_ratio,
-    errors_to_claim,
-    gn_gap,
-    traces,
-)
-from hessprobe.instruments.gn_hessian.spectrum import ROUND_OFF, extremes, negative_curvature
+from hessprobe.instruments.gn_hessian.answers import GNHessianAnswers
+from hessprobe.instruments.gn_hessian.norms import GAUSS_NEWTON, HESSIAN, RESIDUAL, errors_to_claim
+from hessprobe.instruments.gn_hessian.spectrum import ROUND_OFF
 from hessprobe.instruments.gn_hessian.step_findings import (
     error_of,
     model_error_of_step,
@@ -25,42 +17,44 @@ from hessprobe.instruments.gn_hessian.step_findings import (
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.trend import trend
 from hessprobe.reading.trend_finding import trend_finding
-from hessprobe.reading.wording import basis, counted, percent, plus_minus
+from hessprobe.reading.wording import counted, percent, plus_minus
 
 
-def discrepancy_findings(table: xr.Dataset) -> list[Finding]:
-    """Returns the findings on G against H at the last measured step, most important first."""
+def findings(answers: GNHessianAnswers) -> list[Finding]:
+    """Returns the findings on G against H at the last measured step, most important first, then how they move."""
     asked = (gap, model_error_of_update, update_curvature, negative_eigenvalue, block, residual_trace)
-    found = [ask(table) for ask in (*asked, negative_share, model_error_of_step)]
-    return [finding for finding in found if finding is not None]
+    found = [ask(answers) for ask in (*asked, negative_share, model_error_of_step)]
+    return [finding for finding in found if finding is not None] + trends(answers)
 
 
-def discrepancy_trends(table: xr.Dataset) -> list[Finding]:
+def trends(answers: GNHessianAnswers) -> list[Finding]:
     """Returns how the difference of G and H moves over training; none with fewer than four measured rows."""
-    rows, ratio = gn_gap(table), curvature_ratio(table)
+    rows, along = answers.gap, answers.update_ratio
     lines = [
         (
             "gn_gap_trend",
             "‖H − G‖ / ‖G‖",
             trend(*(rows[n].values for n in ("step", "gn_gap", "gn_gap_stderr"))),
-        )
+        ),
+        (
+            "update_curvature_trend",
+            "d·Hd / d·Gd along the update",
+            trend(along["step"].values, along.values),
+        ),
     ]
-    if "update" in ratio["direction"].values:
-        along = trend(ratio["step"].values, ratio.sel(direction="update").values)
-        lines.append(("update_curvature_trend", "d·Hd / d·Gd along the update", along))
-    each = basis(table.sel(step=int(rows["step"][-1])), exact=True) if rows.sizes["step"] else ""
+    each = answers.basis(int(rows["step"][-1])) if rows.sizes["step"] else ""
     return [trend_finding(name, what, line, each) for name, what, line in lines if line is not None]
 
 
-def gap(table: xr.Dataset) -> Finding | None:
+def gap(answers: GNHessianAnswers) -> Finding | None:
     """Returns how far H is from G as a whole."""
-    rows = gn_gap(table)
+    rows = answers.gap
     if rows.sizes["step"] == 0:
         return None
     row = rows.isel(step=-1)
     step, value, stderr = int(row["step"]), float(row["gn_gap"]), error_of(row["gn_gap_stderr"])
     said = plus_minus(value, stderr)
-    resolved = stderr is None or value > errors_to_claim(_samples(table) - 1) * stderr
+    resolved = stderr is None or value > errors_to_claim(answers.samples - 1) * stderr
     share = percent(float(row["residual_share"]), error_of(row["residual_share_stderr"]))
     cosine = plus_minus(float(row["cosine"]), error_of(row["cosine_stderr"]))
     return Finding(
@@ -72,7 +66,7 @@ def gap(table: xr.Dataset) -> Finding | None:
         "resolved from zero.",
         value=value,
         stderr=stderr,
-        basis=_probed(table, step, f"{_samples(table)} probes"),
+        basis=_probed(answers, step, f"{answers.samples} probes"),
         steps=(step,),
         headline=said,
         label="‖H − G‖ / ‖G‖: how far the Hessian is from the Gauss-Newton matrix",
@@ -80,16 +74,20 @@ def gap(table: xr.Dataset) -> Finding | None:
     )
 
 
-def block(table: xr.Dataset) -> Finding | None:
+def block(answers: GNHessianAnswers) -> Finding | None:
     """Returns the block whose Hessian is farthest from its Gauss-Newton matrix, or how many share the top."""
-    rows = block_gap(table)
+    rows = answers.block_gap
     if rows.sizes["step"] == 0:
         return None
     row = rows.isel(step=-1)
     keep = np.flatnonzero(np.isfinite(row["gn_gap"].values) & np.isfinite(row["gn_gap_stderr"].values))
     if keep.size < 2:
         return None
-    row, step, samples = row.isel(block=keep), int(row["step"]), int(table.attrs.get("block_samples", 2))
+    row, step, samples = (
+        row.isel(block=keep),
+        int(row["step"]),
+        int(answers.table.attrs.get("block_samples", 2)),
+    )
     value, stderr = row["gn_gap"].values, _pooled(row)
     top = int(value.argmax())
     # Blocks have probes of their own, so errors are independent; their relative errors together are known from many.
@@ -107,15 +105,15 @@ def block(table: xr.Dataset) -> Finding | None:
         f"Hessian and Gauss-Newton matrix within their errors; the first is {name} ({said} of its norm).",
         value=float(value[top]),
         stderr=float(stderr[top]),
-        basis=_probed(table, step, f"{samples} probes a block, their relative errors pooled"),
+        basis=_probed(answers, step, f"{samples} probes a block, their relative errors pooled"),
         steps=(step,),
         resolved=rivals == 0,
     )
 
 
-def residual_trace(table: xr.Dataset) -> Finding | None:
+def residual_trace(answers: GNHessianAnswers) -> Finding | None:
     """Returns whether the residual adds to the trace or takes from it."""
-    rows = traces(table)
+    rows = answers.traces
     if rows.sizes["step"] == 0:
         return None
     row = rows.isel(step=-1)
@@ -127,7 +125,7 @@ def residual_trace(table: xr.Dataset) -> Finding | None:
     value, stderr = numbers[RESIDUAL]
     if not np.isfinite(value):
         return None
-    resolved = stderr is None or abs(value) > errors_to_claim(_samples(table) - 1) * stderr
+    resolved = stderr is None or abs(value) > errors_to_claim(answers.samples - 1) * stderr
     whole = plus_minus(*numbers[GAUSS_NEWTON])
     return Finding(
         name="residual_trace",
@@ -138,18 +136,18 @@ def residual_trace(table: xr.Dataset) -> Finding | None:
         f"beside the Gauss-Newton matrix's {whole}.",
         value=value,
         stderr=stderr,
-        basis=_probed(table, step, f"{_samples(table)} probes"),
+        basis=_probed(answers, step, f"{answers.samples} probes"),
         steps=(step,),
         resolved=resolved,
     )
 
 
-def negative_eigenvalue(table: xr.Dataset) -> Finding | None:
+def negative_eigenvalue(answers: GNHessianAnswers) -> Finding | None:
     """Returns whether H has a negative eigenvalue, and how large beside its largest.
 
     Ritz values lie between the extreme eigenvalues: a negative one proves a negative eigenvalue, no smaller in size.
     """
-    rows = extremes(table).sel(matrix=HESSIAN)
+    rows = answers.extremes.sel(matrix=HESSIAN)
     if rows.sizes["step"] == 0 or not np.isfinite(rows["lambda_min"].values[-1]):
         return None
     row = rows.isel(step=-1)
@@ -169,22 +167,21 @@ def negative_eigenvalue(table: xr.Dataset) -> Finding | None:
         f"{residual}.",
         value=value,
         stderr=None,
-        basis=_lanczos(table, step),
+        basis=_lanczos(answers, step),
         steps=(step,),
         resolved=resolved,
     )
 
 
-def negative_share(table: xr.Dataset) -> Finding | None:
+def negative_share(answers: GNHessianAnswers) -> Finding | None:
     """Returns how much of the Hessian's spectrum is negative; nothing without an error over probes."""
-    rows = negative_curvature(table)
-    if rows.sizes["step"] == 0:
+    if answers.negative.sizes["step"] == 0:
         return None
-    row = rows.sel(matrix=HESSIAN).isel(step=-1)
+    row = answers.negative.isel(step=-1)
     step, value, stderr = int(row["step"]), float(row["share"]), float(row["share_stderr"])
     if not (np.isfinite(value) and np.isfinite(stderr)):
         return None
-    probes = table.sizes["probe"]
+    probes = answers.table.sizes["probe"]
     resolved = value > errors_to_claim(probes - 1) * stderr and value > 0
     said = percent(value, stderr)
     return Finding(
@@ -195,14 +192,10 @@ def negative_share(table: xr.Dataset) -> Finding | None:
         f"not resolved from {counted(probes, 'random start')}.",
         value=value,
         stderr=stderr,
-        basis=_lanczos(table, step),
+        basis=_lanczos(answers, step),
         steps=(step,),
         resolved=resolved,
     )
-
-
-def _samples(table: xr.Dataset) -> int:
-    return int(table.attrs.get("samples", 2))
 
 
 def _pooled(row: xr.Dataset) -> np.ndarray:
@@ -213,11 +206,11 @@ def _pooled(row: xr.Dataset) -> np.ndarray:
     return np.maximum(stderr, relative * value)
 
 
-def _probed(table: xr.Dataset, step: int, probes: str) -> str:
-    said = basis(table.sel(step=step), exact=True)
+def _probed(answers: GNHessianAnswers, step: int, probes: str) -> str:
+    said = answers.basis(step)
     return f"{said}, {probes}" if said else probes
 
 
-def _lanczos(table: xr.Dataset, step: int) -> str:
-    steps, probes = table.attrs.get("lanczos_steps", "?"), table.sizes.get("probe", 0)
-    return _probed(table, step, f"{steps} Lanczos steps from {counted(probes, 'random start')}")
+def _lanczos(answers: GNHessianAnswers, step: int) -> str:
+    steps, probes = answers.table.attrs.get("lanczos_steps", "?"), answers.table.sizes.get("probe", 0)
+    return _probed(answers, step, f"{steps} Lanczos steps from {counted(probes, 'random start')}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.gn_hessian.answers import errors_to_claim, measured
+from hessprobe.instruments.gn_hessian.norms import errors_to_claim, measured
 
 BEYOND, LINEARISATION = ERRORS = ("beyond_second_order", "linearisation")
 

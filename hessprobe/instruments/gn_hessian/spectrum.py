@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.gn_hessian.answers import GAUSS_NEWTON, measured
+from hessprobe.instruments.gn_hessian.norms import GAUSS_NEWTON, measured
 
 # Of the largest node: what lies within it of zero is round-off of float32 products.
 ROUND_OFF = 1e-6

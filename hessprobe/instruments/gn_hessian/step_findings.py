@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.gn_hessian.answers import GAUSS_NEWTON, curvature_ratio, measured
-from hessprobe.instruments.gn_hessian.ladder import BEYOND, LINEARISATION, full_length, ladder
+from hessprobe.instruments.gn_hessian.answers import GNHessianAnswers
+from hessprobe.instruments.gn_hessian.ladder import BEYOND, LINEARISATION
+from hessprobe.instruments.gn_hessian.norms import GAUSS_NEWTON
+from hessprobe.instruments.gn_hessian.table import LADDER_DIRECTIONS
 from hessprobe.reading.finding import Finding
-from hessprobe.reading.wording import basis, counted, percent, plus_minus
+from hessprobe.reading.wording import counted, percent, plus_minus
 
 ALONG = {
     "negative_gradient": "the negative gradient",
@@ -17,6 +19,8 @@ ALONG = {
     "top_eigenvector": "G's top eigenvector",
     "random": "a random direction",
 }
+# Of the ladder's directions alone.
+ALONG_LADDER = {name: ALONG[name] for name in LADDER_DIRECTIONS}
 # Of each error: what makes up most of the two, and the label of a headline.
 LARGER = {
     BEYOND: ("the loss's higher orders make up", "are the loss's higher orders"),
@@ -24,22 +28,19 @@ LARGER = {
 }
 
 
-def update_curvature(table: xr.Dataset) -> Finding | None:
+def update_curvature(answers: GNHessianAnswers) -> Finding | None:
     """Returns how much curvature H has along the update, in units of G's, and where it is negative."""
-    ratio = curvature_ratio(table)
-    if ratio.sizes["step"] == 0 or "update" not in ratio["direction"].values:
+    along = answers.update_ratio
+    if along.sizes["step"] == 0:
         return None
-    rows = ratio.isel(step=np.flatnonzero(np.isfinite(ratio.sel(direction="update").values)))
-    if rows.sizes["step"] == 0:
-        return None
-    row, step = rows.isel(step=-1), int(rows["step"][-1])
+    step = int(along["step"][-1])
+    row = answers.directions["ratio"].sel(step=step)
     value = float(row.sel(direction="update"))
     down = [
         ALONG.get(str(name), str(name))
         for name in row["direction"].values
         if float(row.sel(direction=name)) < 0
     ]
-    along = rows.sel(direction="update").values
     among = (
         f"; over {counted(along.size, 'measured step')} between {plus_minus(float(along.min()), None)} and "
         f"{plus_minus(float(along.max()), None)}"
@@ -53,26 +54,25 @@ def update_curvature(table: xr.Dataset) -> Finding | None:
         f"Gauss-Newton matrix's curvature{among}.{negative}",
         value=value,
         stderr=None,
-        basis=f"exact on {basis(table.sel(step=step), exact=True) or 'its batch'}",
-        steps=tuple(int(s) for s in rows["step"].values),
+        basis=f"exact on {answers.basis(step) or 'its batch'}",
+        steps=tuple(int(s) for s in along["step"].values),
     )
 
 
-def model_error_of_update(table: xr.Dataset) -> Finding | None:
+def model_error_of_update(answers: GNHessianAnswers) -> Finding | None:
     """Returns which error dominates Gauss-Newton's model of the update at its full length."""
-    return _model_error(table, "update", "model_error_update", "of the model's error along the update")
+    return _model_error(answers, "update", "model_error_update", "of the model's error along the update")
 
 
-def model_error_of_step(table: xr.Dataset) -> Finding | None:
+def model_error_of_step(answers: GNHessianAnswers) -> Finding | None:
     """Returns which error dominates Gauss-Newton's model of its own step."""
-    return _model_error(table, "gauss_newton_step", "model_error_gauss_newton_step", "")
+    return _model_error(answers, "gauss_newton_step", "model_error_gauss_newton_step", "")
 
 
-def _model_error(table: xr.Dataset, direction: str, name: str, label: str) -> Finding | None:
-    rows = ladder(table)
-    if rows.sizes["step"] == 0 or direction not in rows["ladder_direction"].values:
+def _model_error(answers: GNHessianAnswers, direction: str, name: str, label: str) -> Finding | None:
+    if direction not in answers.at_full_length:
         return None
-    along = rows.sel(ladder_direction=direction, alpha=full_length(rows))
+    along = answers.at_full_length[direction]
     along = along.isel(step=np.flatnonzero(np.isfinite(along["share"].values)))
     if along.sizes["step"] == 0:
         return None
@@ -98,7 +98,7 @@ def _model_error(table: xr.Dataset, direction: str, name: str, label: str) -> Fi
         f"higher orders add {errors[BEYOND]}; {verdict}.",
         value=value,
         stderr=stderr,
-        basis=f"{basis(table.sel(step=step), exact=True)}; errors over sequences{_solve(table, direction, step)}",
+        basis=f"{answers.basis(step)}; errors over sequences{_solve(answers, direction, step)}",
         steps=(step,),
         headline=percent(part, stderr) if label and larger else "",
         label=f"{label} {LARGER[larger][1]}" if label and larger else "",
@@ -112,16 +112,15 @@ def error_of(stderr: xr.DataArray) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _solve(table: xr.Dataset, direction: str, step: int) -> str:
+def _solve(answers: GNHessianAnswers, direction: str, step: int) -> str:
     """Returns how well the Gauss-Newton step was solved for, where that is the direction."""
     if direction != "gauss_newton_step":
         return ""
-    row = measured(table, "gauss_newton_step_residual", "gauss_newton_step_iterations")
-    damping = table.attrs.get("step_damping")
-    said = f"; damping {damping:g}" if damping else ""
-    if step not in row["step"].values:
+    damping = answers.step_damping
+    said = f"; damping {damping:g}" if np.isfinite(damping) else ""
+    if step not in answers.solve["step"].values:
         return said
-    row = row.sel(step=step)
+    row = answers.solve.sel(step=step)
     count = float(row["gauss_newton_step_iterations"])
     after = f" after {counted(int(count), 'iteration')}" if np.isfinite(count) else ""
     return f"{said}, residual {float(row['gauss_newton_step_residual']):.2g}{after}"

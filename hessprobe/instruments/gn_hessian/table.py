@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from hessprobe.errors import unknown_name
 from hessprobe.instruments.gn_hessian.recipe import GNHessianRecipe
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, declared, of_quantity
+from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
+from hessprobe.schema.table import Table, declared, of_quantity
 
 MATRICES = ("gauss_newton", "hessian", "residual")
 DIRECTIONS = ("negative_gradient", "update", "gauss_newton_step", "top_eigenvector", "random")

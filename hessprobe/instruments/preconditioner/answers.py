@@ -1,220 +1,169 @@
-"""How good each candidate preconditioner is, from the `preconditioner` table: efficiency, and decreases to compare by.
-
-Along its best multiple a direction d lowers the damped quadratic model by (g.d)^2 / (2 (d.Gd + mu |d|^2)); efficiency is
-that over the model's own optimum, g.G_mu^-1 g / 2. Held-out figures are judged on sequences that no candidate has seen,
-with errors from the jackknife over their folds.
-"""
+"""What a recorded table `preconditioner` answers: each question once, for sentences, page, paper and terminal alike."""
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import numpy as np
 import xarray as xr
 
-from hessprobe.reading.rows import sound_rows
-
-LAYERWISE, FULL, UPDATE = "layerwise_gn", "full_gn", "update"
-EVERY = ("step", "draw", "candidate", "curvature_sequences", "damping")
-_BLOCK = ("step", "candidate", "block")
-# What this file and its neighbours read; of the rest, older and newer tables may hold more or less.
-DIMS: dict[str, tuple[str, ...]] = {
-    **{
-        name: EVERY
-        for name in (
-            "efficiency", "efficiency_held_out", "best_alpha", "cosine", "slope", "curvature", "norm2",
-            "solver_residual",
-        )
-    },
-    "slope_held_out": (*EVERY, "fold"),
-    "curvature_held_out": (*EVERY, "fold"),
-    "fold_tokens": ("step", "fold"),
-    "optimal_decrease_held_out": ("step", "damping"),
-    "optimal_residual": ("step", "draw", "curvature_sequences", "damping"),
-    "optimal_residual_held_out": ("step", "damping"),
-    "condition": ("step", "candidate", "damping"),
-    "block_efficiency": _BLOCK,
-    "block_slope": _BLOCK,
-    "block_norm2": _BLOCK,
-    "block_curvature": (*_BLOCK, "other_block"),
-    "block_slope_held_out": (*_BLOCK, "fold"),
-    "block_curvature_held_out": (*_BLOCK, "other_block", "fold"),
-}  # fmt: skip
-# All that decreases need.
-JUDGED = ["slope", "curvature", "norm2", "slope_held_out", "curvature_held_out", "fold_tokens"]
-ROUNDING = 1e-6
-LABELLED = ("draw", "candidate", "curvature_sequences", "damping", "fold", "block", "other_block")
+from hessprobe.errors import UserError
+from hessprobe.instruments.preconditioner.blocks import block_losses, block_steps, damping_of
+from hessprobe.instruments.preconditioner.decrease_ratios import closest, cross_layer_pays, decrease_ratios
+from hessprobe.instruments.preconditioner.efficiency import (
+    candidate_failures,
+    efficiency,
+    practical,
+    preconditioner_rows,
+    scoreboard,
+)
+from hessprobe.instruments.preconditioner.table import UPDATE
 
 
-def preconditioner_rows(table: xr.Dataset) -> xr.Dataset | None:
-    """Returns the rows with held-out figures, NaN for variables the table does not hold; None where no row is left.
-
-    Pairs of blocks of a log that is read lazily stay so: they can be larger than memory.
-    """
-    asked = [name for name in ("slope_held_out", "failure", "recorded") if name in table]
-    steps = sound_rows(table[asked], "slope_held_out")["step"].values
-    # Rows that are all sound stay where they are: a copy of a long log would be taken at every question.
-    whole = steps.size == table.sizes["step"]
-    rows = table if whole else table.isel(step=np.flatnonzero(np.isin(table["step"].values, steps)))
-    if rows.sizes["step"] == 0 or any(dim not in rows.sizes or dim not in rows.coords for dim in LABELLED):
-        return None
-    for name in set(DIMS) - set(map(str, rows.data_vars)):
-        shape = [rows.sizes[dim] for dim in DIMS[name]]
-        rows = rows.assign({name: (DIMS[name], np.full(shape, np.nan))})
-    small = [name for name, values in rows.data_vars.items() if "other_block" not in values.dims]
-    return _as_read(rows.assign(rows[small].compute().data_vars))
-
-
-def _as_read(rows: xr.Dataset) -> xr.Dataset:
-    """Returns rows without the draws, sizes and folds that no row had sequences for, a smaller size under its own number."""
-    if "curvature_sequences_read" not in rows:
-        return rows
-    reached = {
-        "curvature_sequences": rows["curvature_sequences_read"].notnull().any("step").values,
-        "draw": rows["optimal_residual"].notnull().any(["step", "curvature_sequences", "damping"]).values,
-        "fold": (rows["fold_tokens"] > 0).any("step").values,
-    }
-    kept = {dim: np.flatnonzero(there) for dim, there in reached.items() if there.any() and not there.all()}
-    rows = rows.isel(kept) if kept else rows
-    read = rows["curvature_sequences_read"].max("step").values
-    labels = rows["curvature_sequences"].values
-    if np.isfinite(read).all() and (read < labels).any():
-        rows = rows.assign_coords(curvature_sequences=read.astype(labels.dtype))
-    return rows
-
-
-def decreases(rows: xr.Dataset) -> xr.Dataset:
-    """Returns each candidate's decrease along its best step, in nats per token, NaN where it points uphill.
-
-    Variables `own` and `held_out` (step, draw, candidate, curvature_sequences, damping), and `left_out` (..., fold), the
-    held-out decrease with each fold left out, for jackknife errors.
+class PreconditionerAnswers:
+    """The answers of one table; where no row holds a number, `empty`, and there are no others.
 
     Args:
-        rows: of `preconditioner_rows`; only candidates that are wanted, where folds are many.
+        table: as recorded.
     """
-    slope, bend, norm2 = (rows[name].transpose(*EVERY).values for name in ("slope", "curvature", "norm2"))
-    parts = [rows[name].transpose(*EVERY, "fold").values for name in ("slope_held_out", "curvature_held_out")]
-    tokens = rows["fold_tokens"].transpose("step", "fold").values
-    damped = rows["damping"].values.astype(float) * norm2
-    whole = [part.sum(-1) for part in parts]
-    # Folds are parts of a mean over tokens: what is left without one is weighted up again.
-    total = tokens.sum(-1, keepdims=True)
-    others = np.where(total > tokens, total - tokens, np.nan)
-    again = (total / others)[:, None, None, None, None]
-    with np.errstate(invalid="ignore"):
-        left_out = [(sums[..., None] - part) * again for sums, part in zip(whole, parts, strict=True)]
-    return xr.Dataset(
-        {
-            "own": (EVERY, best_decrease(slope, bend + damped)),
-            "held_out": (EVERY, best_decrease(whole[0], whole[1] + damped)),
-            "left_out": ((*EVERY, "fold"), best_decrease(left_out[0], left_out[1] + damped[..., None])),
-        },
-        coords={name: rows[name] for name in EVERY},
-    )
 
+    def __init__(self, table: xr.Dataset) -> None:
+        self.table = table
 
-def best_decrease(slope: np.ndarray, curvature: np.ndarray) -> np.ndarray:
-    """Returns slope^2 / (2 curvature), the decrease along the best step; NaN where there is none above zero."""
-    with np.errstate(all="ignore"):  # overflow and infinities give no decrease either
-        decrease = slope**2 / (2 * curvature)
-        return np.where((slope < 0) & (decrease > 0) & np.isfinite(decrease), decrease, np.nan)
+    @cached_property
+    def _sound(self) -> xr.Dataset | None:
+        return preconditioner_rows(self.table)
 
+    @property
+    def empty(self) -> bool:
+        """Whether no row holds a number."""
+        return self._sound is None
 
-def jackknife_error(left_out: xr.DataArray) -> xr.DataArray:
-    """Returns the standard error (...) of a value from those with each fold left out (..., fold)."""
-    folds = left_out.sizes["fold"]
-    centred = left_out - left_out.mean("fold", skipna=False)
-    variance = (centred**2).sum("fold", skipna=False) * (folds - 1) / folds
-    return variance.where(folds > 1) ** 0.5
+    @property
+    def rows(self) -> xr.Dataset:
+        """The rows with held-out figures, as `preconditioner_rows`.
 
+        Raises:
+            UserError: there is none.
+        """
+        if self._sound is None:
+            raise UserError("no row of the table 'preconditioner' holds a number")
+        return self._sound
 
-def efficiency(
-    rows: xr.Dataset, damping: float | None = None, curvature_sequences: int | None = None
-) -> xr.Dataset:
-    """Returns `own` and `held_out` efficiency over training (step, candidate), means over draws, with errors.
+    @property
+    def names(self) -> list[str]:
+        """The candidates, in the table's order."""
+        return [str(name) for name in self.rows["candidate"].values]
 
-    `own_stderr` is the spread over draws alone (NaN for one draw: exact on its batch); `held_out_stderr` has the folds'
-    and, of several draws, theirs too. The optimum that both are shares of is taken as exact.
+    @property
+    def size(self) -> int:
+        """The largest curvature batch, in sequences: single numbers are of it."""
+        return int(self.rows["curvature_sequences"].values[-1])
 
-    Args:
-        rows: of `preconditioner_rows`.
-        damping, curvature_sequences: default the table's first damping and its largest curvature batch.
-    """
-    at = rows.sel(place(rows, damping, curvature_sequences))
-    own, held_out = at["efficiency"], at["efficiency_held_out"]
-    left_out = decreases(rows.sel({name: [float(at[name])] for name in ("damping", "curvature_sequences")}))[
-        "left_out"
-    ].isel(damping=0, curvature_sequences=0)
-    folds = jackknife_error((left_out / at["optimal_decrease_held_out"]).mean("draw"))
-    spread = {name: _spread(value) for name, value in (("own", own), ("held_out", held_out))}
-    return xr.Dataset(
-        {
-            "own": own.mean("draw"),
-            # Full Gauss-Newton reaches 1 on its own batch by definition: what rounding scatters is no spread.
-            "own_stderr": spread["own"].where(spread["own"] > ROUNDING),
-            "held_out": held_out.mean("draw"),
-            "held_out_stderr": np.hypot(folds, spread["held_out"].fillna(0)),
-        }
-    ).compute()
+    @property
+    def damping(self) -> float:
+        """The first damping: single numbers are at it."""
+        return float(self.rows["damping"].values[0])
 
+    @property
+    def block_damping(self) -> float:
+        """The damping of what is told block by block."""
+        return damping_of(self.rows)
 
-def place(
-    rows: xr.Dataset, damping: float | None = None, curvature_sequences: int | None = None
-) -> dict[str, float]:
-    """Returns the labels of one damping and one curvature batch; default the first and the largest."""
-    size = rows["curvature_sequences"].values[-1] if curvature_sequences is None else curvature_sequences
-    return {
-        "damping": float(rows["damping"].values[0]) if damping is None else damping,
-        "curvature_sequences": size,
-    }
+    @property
+    def held_out(self) -> int:
+        """Held-out sequences."""
+        return int(self.rows.attrs.get("held_out_sequences", self.rows.sizes["fold"]))
 
+    @property
+    def last_step(self) -> int:
+        """The last measured step."""
+        return int(self.rows["step"].values[-1])
 
-def scoreboard(
-    rows: xr.Dataset,
-    step: int | None = None,
-    damping: float | None = None,
-    curvature_sequences: int | None = None,
-) -> xr.Dataset:
-    """Returns every candidate (candidate,) at one row: efficiencies with errors, best step, cosine, condition, residual.
+    @cached_property
+    def pays(self) -> xr.Dataset:
+        """Layerwise over full Gauss-Newton by damping, as `cross_layer_pays`."""
+        return cross_layer_pays(self.rows)
 
-    Variables `own`, `own_stderr`, `held_out`, `held_out_stderr`, `best_alpha`, `cosine`, `condition`, `residual` (the
-    largest of its solves), `uphill` (on the held-out sequences, in any draw), `failure`.
+    @cached_property
+    def over_layerwise(self) -> xr.Dataset:
+        """Each candidate's decrease over the layerwise oracle's, as `decrease_ratios`."""
+        return decrease_ratios(self.rows)
 
-    Args:
-        rows: of `preconditioner_rows`.
-        step: a measured step; default the last.
-        damping, curvature_sequences: as in `efficiency`.
-    """
-    row = rows.isel(step=[-1]) if step is None else rows.sel(step=[step])
-    result = efficiency(row, damping, curvature_sequences).isel(step=0)
-    row = row.isel(step=0)
-    at = row.sel(place(rows, damping, curvature_sequences))
-    slope = at["slope_held_out"].sum("fold", skipna=False)
-    failure = candidate_failures(row)
-    return result.assign(
-        best_alpha=at["best_alpha"].mean("draw"),
-        cosine=at["cosine"].mean("draw"),
-        condition=at["condition"],
-        residual=at["solver_residual"].max("draw"),
-        uphill=(slope >= 0).any("draw"),
-        failure=("candidate", [failure.get(str(name), "") for name in row["candidate"].values]),
-    ).compute()
+    @cached_property
+    def efficiency(self) -> xr.Dataset:
+        """Own and held-out efficiency over training, as `efficiency`."""
+        return efficiency(self.rows)
 
+    @cached_property
+    def board(self) -> xr.Dataset:
+        """The scoreboard of the last row, best on held-out sequences first, those not judged last."""
+        board = scoreboard(self.rows)
+        return board.isel(candidate=np.argsort(-board["held_out"].values, kind="stable"))
 
-def candidate_failures(row: xr.Dataset) -> dict[str, str]:
-    """Returns {candidate: reason} of those that could not be judged at one row."""
-    if "candidate_failure" not in row:
-        return {}
-    reasons = zip(row["candidate"].values, row["candidate_failure"].values, strict=True)
-    return {str(name): str(reason) for name, reason in reasons if reason}
+    @property
+    def ranked(self) -> list[str]:
+        """The candidates in the scoreboard's order, best first."""
+        return [str(name) for name in self.board["candidate"].values]
 
+    @cached_property
+    def losses(self) -> xr.Dataset:
+        """What each candidate leaves in each block at the last row, as `block_losses`."""
+        return block_losses(self.rows.isel(step=[-1])).isel(step=0)
 
-def practical(names: np.ndarray) -> list[str]:
-    """Returns the candidates that are no exact Gauss-Newton solve, layerwise, full or in groups."""
-    oracles = (LAYERWISE, FULL)
-    return [str(name) for name in names if name not in oracles and not str(name).startswith("grouped_gn_")]
+    @cached_property
+    def steps(self) -> xr.Dataset:
+        """What a step size for each block would buy at the last row, as `block_steps`."""
+        return block_steps(self.rows.isel(step=-1))
 
+    @cached_property
+    def nearest(self) -> tuple[str, int, int] | None:
+        """The practical method that gets farthest, how many more cannot be told from it, and how many were measured."""
+        return closest(self.rows, practical(self.rows["candidate"].values))
 
-def _spread(values: xr.DataArray) -> xr.DataArray:
-    """Returns the standard error of a mean over draws; NaN where there are fewer than two."""
-    count = values.notnull().sum("draw")
-    centred = values - values.mean("draw")
-    return ((centred**2).sum("draw") / (count * (count - 1)).where(count > 1)) ** 0.5
+    @cached_property
+    def subject(self) -> str | None:
+        """The candidate that block-by-block sentences speak of: the run's update, else the best practical one."""
+        if UPDATE in self.names:
+            if np.isfinite(self.rows["block_slope"].isel(step=-1).sel(candidate=UPDATE).values).all():
+                return UPDATE
+        return None if self.nearest is None else self.nearest[0]
+
+    @cached_property
+    def failures(self) -> dict[str, tuple[str, list[int]]]:
+        """{candidate: (the first reason why it could not be judged, the steps)}."""
+        found: dict[str, tuple[str, list[int]]] = {}
+        if "candidate_failure" not in self.rows:
+            return found
+        reasons = self.rows[["candidate_failure"]].load()
+        failing = np.flatnonzero((reasons["candidate_failure"] != "").any("candidate").values)
+        for i, step in zip(failing, reasons["step"].values[failing].tolist(), strict=True):
+            for name, reason in candidate_failures(reasons.isel(step=i)).items():
+                found.setdefault(name, (reason, []))[1].append(step)
+        return found
+
+    @cached_property
+    def residual(self) -> float | None:
+        """The largest relative residual of any solve behind these numbers; None where none is known."""
+        names = ("solver_residual", "optimal_residual", "optimal_residual_held_out")
+        values = np.concatenate([np.ravel(self.rows[name].values) for name in names])
+        values = values[np.isfinite(values)]
+        return float(values.max()) if values.size else None
+
+    @property
+    def tolerance(self) -> float:
+        """The relative residual that solves were to reach; NaN where the table does not say."""
+        return float(self.rows.attrs.get("cg_tolerance", np.nan))
+
+    def largest_residual(self, damping: float, *solved: str, step: int | None = None) -> float:
+        """Returns the largest relative residual of candidates' solves at one damping, and of the optimum's; NaN for none.
+
+        Args:
+            solved: names of candidates.
+            step: of one row alone; default of all.
+        """
+        rows = self.rows if step is None else self.rows.sel(step=[step])
+        names = [name for name in solved if name in self.names]
+        own = np.ravel(rows["solver_residual"].sel(candidate=names, damping=damping).values)
+        values = np.r_[own, np.ravel(rows["optimal_residual_held_out"].sel(damping=damping).values)]
+        return float(np.nanmax(values)) if np.isfinite(values).any() else np.nan

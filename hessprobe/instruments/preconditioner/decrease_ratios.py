@@ -8,18 +8,14 @@ there are two or more. Measured steps read sequences of their own. Where steps s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.preconditioner.answers import (
-    FULL,
-    JUDGED,
-    LAYERWISE,
-    decreases,
-    preconditioner_rows,
-)
+from hessprobe.instruments.preconditioner.efficiency import JUDGED, decreases, preconditioner_rows
+from hessprobe.instruments.preconditioner.table import FULL, LAYERWISE
 from hessprobe.reading.trend import STANDARD_ERRORS
 
 
@@ -51,7 +47,7 @@ def combine(values: np.ndarray, left_out: np.ndarray | None = None) -> Combined:
         values: (t, d, n) by step and draw.
         left_out: (t, d, n, f) with each fold left out; None for numbers that are exact but for what was drawn.
     """
-    steps, draws, count = values.shape
+    steps, _, count = values.shape
     per_step = _mean(values, 1)
     kept = np.asarray(np.isfinite(per_step).any(0))
     used = np.asarray(np.isfinite(per_step[:, kept]).all(1) & kept.any())
@@ -115,8 +111,7 @@ def decrease_ratios(rows: xr.Dataset, other: str = LAYERWISE) -> xr.Dataset:
 
 
 def closest(rows: xr.Dataset, names: list[str]) -> tuple[str, int, int] | None:
-    """Returns which of the candidates gets farthest on held-out sequences, how many more cannot be told from it, and how
-    many were measured.
+    """Returns which candidate gets farthest held out, how many more cannot be told from it, and how many were measured.
 
     At the first damping and the largest curvature batch, by the ratio to the layerwise oracle; None where none was
     measured beside it.
@@ -146,7 +141,8 @@ def cross_layer_pays(table: xr.Dataset) -> xr.Dataset:
     up to a size"; "not resolved"; "not measured"), `crossover`, the sequences at which the ratio crosses 1, by
     interpolation in their logarithm, with `crossover_low` and `crossover_high` one standard error away, `below` and
     `above`, the nearest sizes on either side where the ratio lies beyond two errors from 1, and `steps`, how many were
-    used. No row measured: length 0.
+    used. Over (damping, step, curvature_sequences): `per_step` and `per_step_stderr`, the ratio at each measured step. No
+    row measured: length 0.
 
     Args:
         table: the table `preconditioner`, or rows of it.
@@ -154,19 +150,28 @@ def cross_layer_pays(table: xr.Dataset) -> xr.Dataset:
     rows = preconditioner_rows(table)
     if rows is None or not {LAYERWISE, FULL} <= set(rows["candidate"].values):
         return xr.Dataset(coords={"damping": [], "curvature_sequences": []})
-    sizes = rows["curvature_sequences"].values
-    ratios = decrease_ratios(rows.sel(candidate=[LAYERWISE, FULL]), other=FULL).sel(
-        candidate=LAYERWISE, drop=True
-    )
-    found = ratios[["ratio", "stderr", "own_ratio", "own_stderr"]].transpose("damping", "curvature_sequences")
+    sizes, found = rows["curvature_sequences"].values, []
     one, other = _logs(rows, LAYERWISE), _logs(rows, FULL)
-    crossings = [_crossing(sizes, _compared(one, other, j)[0]) for j in range(rows.sizes["damping"])]
-    dims = {
-        name: ("damping", "curvature_sequences")[: np.ndim(value) + 1] for name, value in crossings[0].items()
-    }
-    return found.assign(
-        {name: (dims[name], [each[name] for each in crossings]) for name in crossings[0]}
-    ).assign_attrs(draws=rows.sizes["draw"], folds=rows.sizes["fold"])
+    for j in range(rows.sizes["damping"]):
+        held_out, own = _compared(one, other, j)
+        each = np.exp(held_out.per_step)
+        found.append(
+            {
+                "ratio": np.exp(held_out.mean),
+                "stderr": _scaled(held_out),
+                "own_ratio": np.exp(own.mean),
+                "own_stderr": _scaled(own),
+                "per_step": each,
+                "per_step_stderr": each * held_out.per_step_stderr,
+                **_crossing(sizes, held_out),
+            }
+        )
+    dims = (("damping",), ("damping", "curvature_sequences"), ("damping", "step", "curvature_sequences"))
+    return xr.Dataset(
+        {name: (dims[np.ndim(value)], [each[name] for each in found]) for name, value in found[0].items()},
+        coords={name: rows[name].values for name in dims[2]},
+        attrs={"draws": rows.sizes["draw"], "folds": rows.sizes["fold"]},
+    )
 
 
 def _crossing(sizes: np.ndarray, logs: Combined) -> dict[str, Any]:
@@ -180,7 +185,7 @@ def _crossing(sizes: np.ndarray, logs: Combined) -> dict[str, Any]:
         return result
     sign = ahead[known]
     resolved = np.flatnonzero(sign)
-    changes = [(i, j) for i, j in zip(resolved, resolved[1:], strict=False) if sign[i] != sign[j]]
+    changes = [(i, j) for i, j in pairwise(resolved) if sign[i] != sign[j]]
     if resolved.size == 0:
         result["verdict"] = "not resolved"
     elif not changes:

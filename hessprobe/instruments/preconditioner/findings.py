@@ -5,22 +5,9 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from hessprobe.instruments.preconditioner.answers import (
-    FULL,
-    LAYERWISE,
-    UPDATE,
-    efficiency,
-    practical,
-    preconditioner_rows,
-)
-from hessprobe.instruments.preconditioner.block_findings import (
-    basis_of,
-    error_of,
-    largest_residual,
-    loses_most,
-    step_sizes,
-)
-from hessprobe.instruments.preconditioner.decrease_ratios import closest, cross_layer_pays, decrease_ratios
+from hessprobe.instruments.preconditioner.answers import PreconditionerAnswers
+from hessprobe.instruments.preconditioner.block_findings import basis_of, error_of, loses_most, step_sizes
+from hessprobe.instruments.preconditioner.table import FULL, LAYERWISE, UPDATE
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.trend import STANDARD_ERRORS, trend
 from hessprobe.reading.wording import counted, percent, plus_minus
@@ -29,20 +16,18 @@ from hessprobe.reading.wording import counted, percent, plus_minus
 LOOSE = 0.3
 
 
-def preconditioner_findings(table: xr.Dataset) -> list[Finding]:
+def findings(answers: PreconditionerAnswers) -> list[Finding]:
     """Returns the findings on preconditioners, most important first; none where no row was measured."""
-    rows = preconditioner_rows(table)
-    if rows is None:
+    if answers.empty:
         return []
-    found = [*layerwise_over_full(rows), nearest(rows), update_efficiency(rows)]
-    found += [step_sizes(rows), loses_most(rows), layerwise_over_full_trend(rows)]
+    found = [*layerwise_over_full(answers), nearest(answers), update_efficiency(answers)]
+    found += [step_sizes(answers), loses_most(answers), layerwise_over_full_trend(answers)]
     return [finding for finding in found if finding is not None]
 
 
-def layerwise_over_full(rows: xr.Dataset) -> list[Finding]:
+def layerwise_over_full(answers: PreconditionerAnswers) -> list[Finding]:
     """Returns, for each damping, from which curvature batch on full Gauss-Newton gets farther than layerwise."""
-    pays = cross_layer_pays(rows)
-    found = []
+    pays, found = answers.pays, []
     for i, damping in enumerate(pays["damping"].values):
         each = pays.isel(damping=i)
         known = np.flatnonzero(np.isfinite(each["ratio"].values))
@@ -57,7 +42,7 @@ def layerwise_over_full(rows: xr.Dataset) -> list[Finding]:
             first = each.isel(curvature_sequences=known[0])
             ratio = plus_minus(float(first["ratio"]), float(first["stderr"]))
             numbers += f", {ratio} with {int(first['curvature_sequences']):,}"
-        left = largest_residual(rows, damping, FULL, LAYERWISE)
+        left = answers.largest_residual(damping, FULL, LAYERWISE)
         unfinished = (
             ", but solves were cut off so early that this says little of exact ones" if left > LOOSE else ""
         )
@@ -69,8 +54,8 @@ def layerwise_over_full(rows: xr.Dataset) -> list[Finding]:
                 f"(on those {size:,} sequences themselves {own}){unfinished}.",
                 value=value,
                 stderr=error_of(at["stderr"]),
-                basis=basis_of(rows, damping, int(each["steps"]), FULL, LAYERWISE),
-                steps=tuple(rows["step"].values.tolist()),
+                basis=basis_of(answers, damping, int(each["steps"]), FULL, LAYERWISE),
+                steps=tuple(answers.rows["step"].values.tolist()),
                 headline=plus_minus(value, stderr) if i == 0 else "",
                 label=f"held-out decrease, layerwise over full Gauss-Newton ({size:,} "
                 f"curvature sequences, damping {damping:g})"
@@ -109,16 +94,13 @@ def _listed(sizes: np.ndarray) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def nearest(rows: xr.Dataset) -> Finding | None:
+def nearest(answers: PreconditionerAnswers) -> Finding | None:
     """Returns which practical method comes nearest the layerwise oracle on held-out sequences."""
-    found = closest(rows, practical(rows["candidate"].values))
-    if found is None:
+    if answers.nearest is None:
         return None
-    best, rivals, measured = found
-    damping, size = float(rows["damping"].values[0]), int(rows["curvature_sequences"].values[-1])
-    few = rows.sel(candidate=[best, LAYERWISE]).isel(curvature_sequences=[-1], damping=[0])
-    at = decrease_ratios(few).isel(curvature_sequences=0, damping=0)
-    value, stderr = (float(at[name].sel(candidate=best)) for name in ("ratio", "stderr"))
+    best, rivals, measured = answers.nearest
+    at = answers.over_layerwise.isel(curvature_sequences=-1, damping=0).sel(candidate=best)
+    value, stderr = float(at["ratio"]), float(at["stderr"])
     number = f"{plus_minus(value, stderr)} of the held-out decrease of layerwise Gauss-Newton"
     others = "another" if rivals == 1 else f"{rivals} others"
     sentence = f"Of {counted(measured, 'practical method')}, {best} gets farthest: {number}" + (
@@ -128,20 +110,20 @@ def nearest(rows: xr.Dataset) -> Finding | None:
         name="nearest_layerwise",
         sentence=sentence,
         value=value,
-        stderr=error_of(at["stderr"].sel(candidate=best)),
-        basis=f"{size} curvature sequences, {basis_of(rows, damping, int(at['steps'].sel(candidate=best)), LAYERWISE)}",
-        steps=tuple(rows["step"].values.tolist()),
+        stderr=error_of(at["stderr"]),
+        basis=f"{answers.size} curvature sequences, {basis_of(answers, answers.damping, int(at['steps']), LAYERWISE)}",
+        steps=tuple(answers.rows["step"].values.tolist()),
         headline=plus_minus(value, stderr),
         label=f"of layerwise Gauss-Newton's held-out decrease is reached by {best}, the best practical method",
         resolved=bool(np.isfinite(stderr) and value > STANDARD_ERRORS * stderr),
     )
 
 
-def update_efficiency(rows: xr.Dataset) -> Finding | None:
+def update_efficiency(answers: PreconditionerAnswers) -> Finding | None:
     """Returns how much of the best held-out decrease the run's own update reaches at the last measured step."""
-    if UPDATE not in rows["candidate"].values:
+    if UPDATE not in answers.names:
         return None
-    over = efficiency(rows).sel(candidate=UPDATE)
+    over = answers.efficiency.sel(candidate=UPDATE)
     known = np.flatnonzero(np.isfinite(over["held_out"].values))
     if known.size == 0:
         return None
@@ -157,19 +139,18 @@ def update_efficiency(rows: xr.Dataset) -> Finding | None:
         f"({percent(value, stderr)}) is not resolved from zero.",
         value=value,
         stderr=error_of(at["held_out_stderr"]),
-        basis=basis_of(rows.sel(step=[step]), float(rows["damping"].values[0]), 1),
+        basis=basis_of(answers, answers.damping, 1, step=step),
         steps=(step,),
         resolved=resolved,
     )
 
 
-def layerwise_over_full_trend(rows: xr.Dataset) -> Finding | None:
+def layerwise_over_full_trend(answers: PreconditionerAnswers) -> Finding | None:
     """Returns whether layerwise over full rises or falls over training, with the largest curvature batch."""
-    if not {LAYERWISE, FULL} <= set(rows["candidate"].values):
+    if answers.pays.sizes["damping"] == 0:
         return None
-    few = rows.sel(candidate=[LAYERWISE, FULL]).isel(curvature_sequences=[-1], damping=[0])
-    ratios = decrease_ratios(few, other=FULL).sel(candidate=LAYERWISE).isel(curvature_sequences=0, damping=0)
-    line = trend(rows["step"].values, ratios["per_step"].values, ratios["per_step_stderr"].values)
+    at = answers.pays.isel(damping=0, curvature_sequences=-1)
+    line = trend(at["step"].values, at["per_step"].values, at["per_step_stderr"].values)
     if line is None:
         return None
     span = f"from step {line.first_step:,} to {line.last_step:,}"
@@ -184,7 +165,7 @@ def layerwise_over_full_trend(rows: xr.Dataset) -> Finding | None:
         value=line.change,
         stderr=line.stderr,
         basis=f"straight line through {counted(line.rows, 'measured step')}; "
-        f"{int(few['curvature_sequences'].values[0])} curvature sequences, damping {float(few['damping'].values[0]):g}",
+        f"{answers.size} curvature sequences, damping {answers.damping:g}",
         steps=(line.first_step, line.last_step),
         resolved=line.resolved,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from hessprobe.instruments.preconditioner.candidates import BUILT_IN, known_candidates
 from hessprobe.schema.presets import AboveZero, Preset, check_rising, filled
 from hessprobe.schema.section import Positive, Section
 
@@ -20,12 +21,9 @@ PRECONDITIONER_PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-
-# Built into the preconditioner probe, in the order of its table. "update" is the step the run really took.
-CANDIDATES = (
-    "gradient", "update", "adam", "sophia", "muon", "shampoo", "soap", "kfac", "ekfac", "diagonal_gn",
-    "layerwise_gn", "full_gn",
-)  # fmt: skip
+# Built into the preconditioner probe, in the order of its table.
+CANDIDATES = tuple(BUILT_IN)
+GROUPED = "grouped_gn_"  # what names of exact solves by groups of blocks begin with
 
 
 class PreconditionerRecipe(Section):
@@ -36,7 +34,8 @@ class PreconditionerRecipe(Section):
     held_out_sequences: on which they are judged, unseen by every candidate; in `folds` groups for the errors.
     draws: how often it is all done again with other curvature batches, for errors over them.
     dampings: mu of the candidates and of the judgement alike; the first is that of block-by-block quantities.
-    candidates: names of CANDIDATES, or "package.module:function" with function(gradient (p,), snapshot) -> direction (p,).
+    candidates: names of CANDIDATES or of those that installed packages bring (entry points `hessprobe.candidates`), or
+        "package.module:function" with function(gradient (p,), snapshot) -> direction (p,).
     groups: numbers of contiguous groups of blocks, each a candidate `grouped_gn_N` between layerwise and full.
     groupings: groups of blocks by name, each a candidate `grouped_gn_NAME`.
     condition_steps: Lanczos steps for condition numbers and Ritz values of linear candidates; 0 leaves them out.
@@ -66,8 +65,8 @@ class PreconditionerRecipe(Section):
     def names(self) -> tuple[str, ...]:
         """The candidates as the table names them, groupings included."""
         grouped = (
-            *(f"grouped_gn_{n}" for n in self.groups),
-            *(f"grouped_gn_{name}" for name in self.groupings),
+            *(f"{GROUPED}{n}" for n in self.groups),
+            *(f"{GROUPED}{name}" for name in self.groupings),
         )
         own = tuple(dict.fromkeys(name.rpartition(":")[2] for name in self.candidates))
         return (*own, *grouped)
@@ -94,9 +93,9 @@ class PreconditionerRecipe(Section):
     @classmethod
     def _candidates_exist(cls, given: tuple[str, ...]) -> tuple[str, ...]:
         for name in given:
-            if name not in CANDIDATES and ":" not in name:
+            if name not in BUILT_IN and ":" not in name and name not in (known := known_candidates()):
                 raise ValueError(
-                    f"candidate {name!r} does not exist; valid: {', '.join(CANDIDATES)}, or your own as "
+                    f"candidate {name!r} does not exist; valid: {', '.join(known)}, or your own as "
                     "'package.module:function'"
                 )
         return given

@@ -6,10 +6,17 @@ A candidate's direction d is scaled by nothing: every figure here is along its b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from math import nan
+from typing import Any
 
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table, Variable, declared
+from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
+from hessprobe.schema.table import Table, Variable, declared
 
+# Candidates with a part of their own: the exact solves by block and for all blocks, and the step the run really took.
+LAYERWISE, FULL, UPDATE = "layerwise_gn", "full_gn", "update"
+EVERY = ("step", "draw", "candidate", "curvature_sequences", "damping")
 # A dimension of this table, where the others hold one number per row.
 _MEASUREMENT = tuple(variable for variable in MEASUREMENT_VARIABLES if variable.name != "damping")
 
@@ -58,7 +65,11 @@ def preconditioner_table(
     )
 
 
-EVERY = ("step", "draw", "candidate", "curvature_sequences", "damping")
+@cache
+def dims_of_variables() -> dict[str, tuple[str, ...]]:
+    """Returns the dimensions of everything such a table may hold, those of condition numbers too."""
+    whole = preconditioner_table(PreconditionerRecipe(condition_steps=1), ("any",))
+    return {variable.name: variable.dims for variable in whole.variables}
 
 
 def _quality():
@@ -129,3 +140,9 @@ def _spectra(recipe: PreconditionerRecipe):
         ("ritz_min_residual", dims, "1", "an eigenvalue lies this near ritz_min", lanczos),
         ("condition", dims, "1", f"ritz_max / ritz_min {of}: at most the true condition number", lanczos),
     ))  # fmt: skip
+
+
+def asked_with(table: Any) -> tuple[float, ...]:
+    """Returns a recorded table's first damping, largest curvature batch and held-out sequences: numbers depend on them."""
+    held_out = float(table.attrs.get("held_out_sequences", nan))
+    return float(table["damping"].values[0]), float(table["curvature_sequences"].values[-1]), held_out

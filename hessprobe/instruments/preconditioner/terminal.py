@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import numpy as np
-import xarray as xr
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hessprobe.instruments.preconditioner.answers import preconditioner_rows, scoreboard
-from hessprobe.instruments.preconditioner.decrease_ratios import cross_layer_pays
+from hessprobe.instruments.preconditioner.answers import PreconditionerAnswers
 from hessprobe.reading.wording import percent, plus_minus
 
 
-def show_preconditioner(table: xr.Dataset, console: Console) -> None:
+def show(answers: PreconditionerAnswers, console: Console) -> None:
     """Prints every candidate's efficiency at the last measured row, and layerwise over full by curvature batch."""
-    rows = preconditioner_rows(table)
-    if rows is None:
+    if answers.empty:
         console.print("no row holds a number")
         return
-    board = scoreboard(rows)
-    size, damping = int(rows["curvature_sequences"].values[-1]), float(rows["damping"].values[0])
+    board, pays = answers.board, answers.pays
     console.print(
-        f"step {int(rows['step'].values[-1])}  {size:,} curvature sequences, damping {damping:g}",
+        f"step {answers.last_step}  {answers.size:,} curvature sequences, damping {answers.damping:g}",
         highlight=False,
     )
     shown = Table(box=None, pad_edge=False, header_style="dim", title="efficiency", title_justify="left")
     for heading in ("candidate", "held out", "own batch", "best step"):
         shown.add_column(heading, justify="left" if heading == "candidate" else "right")
-    for i in np.argsort(-board["held_out"].values, kind="stable"):
+    for i in range(board.sizes["candidate"]):
         at = {str(name): values.values[i] for name, values in board.data_vars.items()}
         if at["failure"]:
             shown.add_row(escape(str(board["candidate"].values[i])), "not judged", "", "")
@@ -38,7 +34,6 @@ def show_preconditioner(table: xr.Dataset, console: Console) -> None:
         cells = [percent(float(at[value]), float(at[error])) for value, error in pairs]
         shown.add_row(escape(str(board["candidate"].values[i])), *cells, step)
     console.print(shown)
-    pays = cross_layer_pays(rows)
     for i, mu in enumerate(pays["damping"].values):
         each = pays.isel(damping=i)
         numbers = [

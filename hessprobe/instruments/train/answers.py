@@ -1,14 +1,15 @@
-"""What training reached and cost, from the `train` table; what measuring cost, from every table."""
+"""What training reached and cost, from the table `train`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import xarray as xr
 
-from hessprobe.reading.rows import failed_rows, sound_rows
+from hessprobe.reading.rows import sound_rows
 
 CLOCKS = ("tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents")
 
@@ -95,38 +96,40 @@ def step_outcomes(table: xr.Dataset) -> dict[str, int]:
     return dict(Counter(word for word in words if word).most_common())
 
 
-def measuring_costs(run: xr.DataTree) -> xr.Dataset:
-    """Returns what each probe's rows cost (table,): rows, failed, seconds, gradient_equivalents, peak_memory.
+class TrainAnswers:
+    """The answers of one table `train`.
 
-    Seconds and gradient equivalents are sums over the rows that carry them; `seconds_per_row` and
-    `gradient_equivalents_per_row` are medians; `share_of_run` is the share of all seconds, training steps and
-    measuring together, that went into measuring; NaN where the run has no `train` table.
+    Args:
+        table: as recorded.
     """
-    summary = summarize_training(run["train"].to_dataset()) if "train" in run.children else None
-    names = [name for name in run.children if name != "train" and "seconds" in run[name]]
-    tables = [run[name].to_dataset() for name in names]
-    columns: dict[str, list[float]] = {
-        "rows": [table.sizes["step"] for table in tables],
-        "failed": [len(failed_rows(table)) for table in tables],
-    }
-    for quantity in ("seconds", "gradient_equivalents", "peak_memory"):
-        values = [sound_rows(table, quantity).get(quantity, xr.DataArray([])).values for table in tables]
-        if quantity == "peak_memory":
-            columns[quantity] = [_over(np.max, value) for value in values]
-            continue
-        columns[quantity] = [_over(np.sum, value) for value in values]
-        columns[f"{quantity}_per_row"] = [_over(np.median, value) for value in values]
-    whole = (summary.seconds if summary else np.nan) + np.nansum(columns["seconds"])
-    columns["share_of_run"] = [seconds / whole if whole > 0 else np.nan for seconds in columns["seconds"]]
-    return xr.Dataset(
-        {name: ("table", np.array(column)) for name, column in columns.items()},
-        coords={"table": np.array(names, dtype=object)},
-    )
 
+    def __init__(self, table: xr.Dataset) -> None:
+        self.table = table
 
-def _over(statistic, values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(statistic(finite)) if finite.size else np.nan
+    @cached_property
+    def curve(self) -> xr.Dataset:
+        """Losses over steps, as `loss_curve`."""
+        return loss_curve(self.table)
+
+    @cached_property
+    def summary(self) -> TrainingSummary | None:
+        """Where the run stands, as `summarize_training`."""
+        return summarize_training(self.table)
+
+    @cached_property
+    def ratio(self) -> tuple[float, float, float] | None:
+        """Real over predicted decrease, as `decrease_ratio`."""
+        return decrease_ratio(self.table)
+
+    @cached_property
+    def outcomes(self) -> dict[str, int]:
+        """What became of the steps, as `step_outcomes`."""
+        return step_outcomes(self.table)
+
+    def rows(self, variable: str) -> xr.Dataset | None:
+        """Returns the rows in which a variable was measured; None where there is none."""
+        rows = sound_rows(self.table, variable)
+        return rows if rows.sizes["step"] else None
 
 
 def _whole(value: float) -> int:

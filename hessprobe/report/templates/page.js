@@ -33,7 +33,8 @@
     const chosen = document.querySelector('input[name="clock"]:checked');
     if (!chosen || !stored.training || !area("loss")) return;
     const { title, x, hover } = stored.training[chosen.value];
-    Plotly.update(area("loss"), { x, hovertemplate: hover }, { "xaxis.title.text": title, "xaxis.autorange": true });
+    const steps = { customdata: stored.training.step.x };
+    Plotly.update(area("loss"), { x, hovertemplate: hover, ...steps }, { "xaxis.title.text": title, "xaxis.autorange": true });
   }
 
   const slider = document.getElementById("step-slider");
@@ -51,6 +52,9 @@
     const places = Math.min(6, Math.max(0, 1 - Math.floor(Math.log10(error))));
     return value.toFixed(places) + " ± " + error.toFixed(places);
   };
+  // Errors as a trace's hover text takes them: numbers, or words where some are unknown.
+  const spoken = (trace, errors) => trace.hovertemplate.includes("customdata:") ? errors
+    : errors.map((error) => Number.isFinite(error) ? " ± " + Number(error.toPrecision(2)) : "");
   const escaped = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
   function showStep() {
@@ -64,7 +68,7 @@
       if (j > i && Number.isFinite(value)) pairs.push({ i, j, value, error: errors[i][j] });
     }));
     coupling.forEach((row, i) => { row[i] = null; });
-    Plotly.restyle(area("coupling"), { z: [coupling], customdata: [errors] });
+    Plotly.restyle(area("coupling"), { z: [coupling], customdata: [errors.map((row) => spoken(area("coupling").data[0], row))] });
 
     const chosen = document.querySelector('input[name="direction"]:checked');
     if (area("shares") && chosen) Plotly.restyle(area("shares"), { z: [matrixOf("share." + chosen.value, index)] });
@@ -77,7 +81,7 @@
       return row;
     }));
 
-    if (area("distance")) showDistances(pairs, index);
+    if (area("coupling_by_distance")) showDistances(pairs, index);
     for (const name of ["off_block_energy", "cross_share"]) {
       if (!area(name)) continue;
       const color = getComputedStyle(document.documentElement).getPropertyValue("--faint").trim();
@@ -90,14 +94,19 @@
     const placed = pairs.filter(({ i, j }) => frames.depths[i] !== null && frames.depths[j] !== null);
     const size = frames.distances.length;
     const row = (name) => Array.from(means[name].subarray(index * size, (index + 1) * size));
-    Plotly.restyle(area("distance"), {
-      x: [placed.map(({ i, j }) => Math.abs(frames.depths[i] - frames.depths[j])), frames.distances],
-      y: [placed.map((pair) => pair.value), row("coupling")],
+    const chart = area("coupling_by_distance"), mean = row("coupling"), errors = row("coupling_stderr");
+    // Of very many distances the errors are a band, whose two edges lie before the means.
+    const edges = chart.data.length > 2 ? [-1, 1].map((sign) => mean.map((value, k) => value + sign * errors[k])) : [];
+    Plotly.restyle(chart, {
+      x: [placed.map(({ i, j }) => Math.abs(frames.depths[i] - frames.depths[j])), ...edges.map(() => frames.distances), frames.distances],
+      y: [placed.map((pair) => pair.value), ...edges, mean],
       customdata: [
-        placed.map(({ i, j, error }) => [escaped(frames.blocks[i] + " × " + frames.blocks[j]), error]),
-        row("coupling_stderr"),
+        placed.map(({ i, j, error }) => ["", (Number.isFinite(error) ? "± " + Number(error.toPrecision(2)) : "") + "<br>"
+          + escaped(frames.blocks[i] + " × " + frames.blocks[j])]),
+        ...edges.map(() => null),
+        spoken(chart.data.at(-1), errors),
       ],
-      "error_y.array": [null, row("coupling_stderr")],
+      ...(edges.length ? {} : { "error_y.array": [null, errors] }),
     });
   }
 

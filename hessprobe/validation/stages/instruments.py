@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.snapshot import Probe, Snapshot
+from hessprobe.instruments.snapshot import Probe
 from hessprobe.machine.devices import peak_memory, reset_peak_memory
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.measuring.row_recorder import build_probes
+from hessprobe.measuring.snapshots import Snapshots
 from hessprobe.recipe import build_recipe
 from hessprobe.validation.figures import Figure, check, failure, measured, skipped
 from hessprobe.validation.modes import FLOAT32, matmuls
@@ -87,15 +88,8 @@ def _row(bench: Bench, problem: Problem, instrument: str, unit: float, share: fl
     theta = partition.vector(problem.model)
     generator = torch.Generator(theta.device).manual_seed(6)
     noise = torch.randn(partition.size, generator=generator, device=theta.device)
-    snapshot = Snapshot(
-        step=0,
-        objective=problem.objective,
-        partition=partition,
-        parameters=theta,
-        batches=[batch],
-        update=(1e-3 * noise).to(theta),
-        seed=0,
-    )
+    snapshots = Snapshots(objective=problem.objective, partition=partition, seed=0)
+    snapshot = snapshots.take(0, [batch], update=(1e-3 * noise).to(theta))
     reset_peak_memory(bench.device)
     found: dict[str, Any] = {}
     seconds = seconds_of(lambda: found.update(probe.measure(snapshot)), bench.device)

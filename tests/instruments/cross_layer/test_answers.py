@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import get_args
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -14,7 +18,14 @@ from hessprobe.analysis import (
     off_block_energy,
     strongest_pairs,
 )
-from hessprobe.instruments.cross_layer.answers import depths
+from hessprobe.instruments.cross_layer import answers as module
+from hessprobe.instruments.cross_layer.answers import NO_ROWS, CrossLayerAnswers, at_one_damping
+from hessprobe.instruments.cross_layer.coupling import depths
+from hessprobe.instruments.cross_layer.findings import MATRICES, findings
+from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
+from hessprobe.instruments.cross_layer.table import cross_layer_table
+from hessprobe.reading.labelled import Labelled
+from tests.instruments.cross_layer.grouping.tables import table as sketched_table
 from tests.instruments.cross_layer.tables import BLOCKS, table
 
 
@@ -110,3 +121,40 @@ def test_strongest_pairs_are_in_order_and_skip_dead_layers():
     expected = sorted(every, reverse=True)[:3]
     found = zip(pairs["coupling"].values, pairs["block"].values, pairs["other_block"].values, strict=True)
     assert list(found) == expected
+
+
+def test_what_the_readers_name_is_declared():
+    """Every variable and dimension that the reading side takes from a table by name stands in the table's declaration."""
+    declared: set[str] = {"step", "step_size"}  # the last is of the table `train`
+    for recipe in (CrossLayerRecipe(), CrossLayerRecipe(method="products")):
+        layout = cross_layer_table(recipe, tuple(BLOCKS))
+        declared |= {*layout.coordinates, *layout.attributes}
+        declared |= {variable.name for variable in layout.variables}
+    named: set[str] = set()
+    for name in ("coupling", "answers", "grouping/sketches"):
+        text = (Path(module.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        named |= set(re.findall(r'(?:sound_rows\([\w.]+, |attrs\.get\(|rows\[|row\[|dim=)"(\w+)"', text))
+    assert {"coupling", "jacobi_radius", "step_curvature", "kernel", "jacobi_damping"} <= named
+    assert named <= declared | {"coupling_stderr"}, named - declared
+    assert set(MATRICES) == set(get_args(CrossLayerRecipe.model_fields["matrix"].annotation))
+
+
+def test_answers_are_asked_once_and_survive_a_table_of_nothing():
+    answers = CrossLayerAnswers(table())
+    assert answers.coupling is answers.coupling and answers.groupings is answers.groupings
+    nothing = CrossLayerAnswers(NO_ROWS)
+    assert findings(nothing) == [] and nothing.strongest_pairs is None and nothing.cross_share is None
+    assert nothing.by_distance.sizes["step"] == nothing.jacobi_radius.sizes["step"] == 0
+
+
+def test_groupings_of_several_runs_are_judged_at_the_largest_of_their_dampings():
+    one, other = (CrossLayerAnswers(sketched_table(1).assign(coupling=("step", [1.0]))) for _ in range(2))
+    other = other.at_damping(2 * one.groupings.damping)
+    assert other.groupings.damping == 2 * one.groupings.damping
+    nothing = CrossLayerAnswers(NO_ROWS)
+    runs = [
+        Labelled(label=str(i), answers=each, compared=each) for i, each in enumerate((one, other, nothing))
+    ]
+    first, second, third = (run.compared for run in at_one_damping(runs))
+    assert first.groupings.damping == second.groupings.damping == other.groupings.damping
+    assert second is other and third is nothing and third.groupings.reason

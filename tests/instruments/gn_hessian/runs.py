@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
+from hessprobe.instruments.gn_hessian.answers import GNHessianAnswers
 from hessprobe.instruments.gn_hessian.table import gn_hessian_table
+from hessprobe.reading.labelled import Labelled
 from hessprobe.recipe import GNHessianRecipe
 from hessprobe.store.writer import RunWriter
 from tests.report.runs import LAYERS, write_run
@@ -164,3 +167,9 @@ def write_gn_run(folder: Path, *, train_steps: int = 31, **options: Any) -> tupl
     blocks = options.get("blocks", LAYERS)
     write_run(folder, blocks=blocks, steps=None, train_steps=train_steps)
     return folder, add_gn_hessian(folder, **options)
+
+
+def alone(table: xr.Dataset) -> list[Labelled[GNHessianAnswers]]:
+    """Returns one run of a table, as sections and pictures take it."""
+    answers = GNHessianAnswers(table)
+    return [Labelled(label="run", answers=answers, compared=answers)]

@@ -9,7 +9,8 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import open_run
-from hessprobe.instruments.gn_hessian.answers import (
+from hessprobe.instruments.gn_hessian.ladder import full_length, ladder
+from hessprobe.instruments.gn_hessian.norms import (
     block_gap,
     curvature_ratio,
     errors_to_claim,
@@ -17,7 +18,6 @@ from hessprobe.instruments.gn_hessian.answers import (
     residual_by_block,
     traces,
 )
-from hessprobe.instruments.gn_hessian.ladder import full_length, ladder
 from hessprobe.instruments.gn_hessian.spectrum import extremes, negative_curvature, smoothed_density
 from tests.instruments.gn_hessian.runs import STEPS, Truth, nodes, write_gn_run
 

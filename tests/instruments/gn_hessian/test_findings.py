@@ -9,7 +9,9 @@ import pytest
 import xarray as xr
 
 from hessprobe.analysis import Finding, open_run
-from hessprobe.instruments.gn_hessian.findings import discrepancy_findings, discrepancy_trends
+from hessprobe.instruments.gn_hessian.answers import GNHessianAnswers
+from hessprobe.instruments.gn_hessian.findings import findings as gn_hessian_findings
+from hessprobe.instruments.gn_hessian.findings import trends
 from hessprobe.report.findings import findings
 from tests.instruments.gn_hessian.runs import Truth, write_gn_run
 
@@ -25,7 +27,7 @@ def table(written) -> xr.Dataset:
 
 
 def said(table: xr.Dataset) -> dict[str, Finding]:
-    found = {each.name: each for each in [*discrepancy_findings(table), *discrepancy_trends(table)]}
+    found = {each.name: each for each in gn_hessian_findings(GNHessianAnswers(table))}
     assert all("nan" not in each.sentence.lower() and "inf" not in each.sentence for each in found.values())
     return found
 
@@ -148,12 +150,12 @@ def test_trends_need_four_rows(table):
     assert found["gn_gap_trend"].resolved and "‖H − G‖ / ‖G‖ falls by" in found["gn_gap_trend"].sentence
     assert "6 measured steps; 32 sequences, 2,048 tokens each" in found["gn_gap_trend"].basis
     assert "update_curvature_trend" in found
-    assert discrepancy_trends(table.isel(step=slice(3))) == []
+    assert trends(GNHessianAnswers(table.isel(step=slice(3)))) == []
 
 
 def test_what_was_not_measured_is_not_spoken_of(table, written):
-    assert discrepancy_findings(table.isel(step=[])) == [] and discrepancy_trends(table.isel(step=[])) == []
-    assert discrepancy_findings(xr.Dataset({"loss": ("step", [1.0])}, {"step": [0]})) == []
+    for empty in (table.isel(step=[]), xr.Dataset({"loss": ("step", [1.0])}, {"step": [0]})):
+        assert gn_hessian_findings(GNHessianAnswers(empty)) == []
     for name in ("gn_gap", "trace", "lambda_max", "lambda_min_residual", "ritz_weight", "sequences"):
         said(table.drop_vars(name))
     for name in ("gn_gap_stderr", "linearisation_stderr", "lambda_max", "sequences"):

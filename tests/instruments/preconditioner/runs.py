@@ -14,8 +14,9 @@ import numpy as np
 
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.preconditioner.table import preconditioner_table
+from hessprobe.instruments.train.table import train_table
 from hessprobe.store.writer import RunWriter
-from tests.report.runs import LAYERS, attributes, train_row, train_table
+from tests.report.runs import LAYERS, STEP_SIZES, attributes, train_row
 
 WIDTH, RANK, TOKENS = 4, 2, 64
 RECIPE = PreconditionerRecipe(
@@ -167,7 +168,7 @@ def write_preconditioner_run(
     """
     rng = np.random.default_rng(seed)
     writer = RunWriter.create(folder, attributes(blocks, **changes))
-    writer.add_table(train_table(), range(train_steps) if train_steps else None)
+    writer.add_table(train_table(STEP_SIZES, 1), range(train_steps) if train_steps else None)
     for step in range(train_steps):
         writer.write("train", step, train_row(step, train_steps - 1, step % 5 == 0, rng))
     writer.add_table(preconditioner_table(recipe, blocks), list(steps))

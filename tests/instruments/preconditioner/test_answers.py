@@ -21,8 +21,13 @@ from hessprobe.analysis import (
     preconditioner_rows,
     scoreboard,
 )
+from hessprobe.instruments.preconditioner.answers import PreconditionerAnswers
 from hessprobe.instruments.preconditioner.decrease_ratios import closest, combine
-from hessprobe.instruments.preconditioner.findings import preconditioner_findings
+from hessprobe.instruments.preconditioner.efficiency import JUDGED, READ
+from hessprobe.instruments.preconditioner.findings import findings
+from hessprobe.instruments.preconditioner.pictures import layerwise_over_full
+from hessprobe.instruments.preconditioner.table import dims_of_variables
+from hessprobe.reading.labelled import Labelled
 from tests.instruments.preconditioner.runs import RECIPE, write_preconditioner_run
 
 LAYERWISE, FULL = "layerwise_gn", "full_gn"
@@ -45,7 +50,7 @@ def rows(table: xr.Dataset) -> xr.Dataset:
 
 
 def said(table: xr.Dataset) -> dict[str, Finding]:
-    return {finding.name: finding for finding in preconditioner_findings(table)}
+    return {finding.name: finding for finding in findings(PreconditionerAnswers(table))}
 
 
 def parts(rows: xr.Dataset, name: str, damping: float) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +66,12 @@ def parts(rows: xr.Dataset, name: str, damping: float) -> tuple[np.ndarray, np.n
         slopes.append(slope[..., kept].sum(-1) * again)
         curvatures.append(curvature[..., kept].sum(-1) * again + damping * at["norm2"].values)
     return np.stack(slopes, -1), np.stack(curvatures, -1)
+
+
+def test_everything_read_is_declared(table):
+    declared = dims_of_variables()
+    assert {*READ, *JUDGED} <= set(declared)
+    assert all(table[name].dims == declared[name] for name in READ)
 
 
 def test_decreases_are_those_of_the_stored_parts_and_give_the_stored_efficiency(rows):
@@ -209,6 +220,20 @@ def test_the_crossover_is_interpolated_with_its_error_and_bracket():
         assert numbers[0] - numbers[1] == pytest.approx(numbers[2] - numbers[0])
         found.append((numbers[0] - at) / (numbers[0] - numbers[1]))
     assert abs(np.mean(found)) < 0.4 and 0.6 < np.std(found) < 1.4
+
+
+def test_a_crossing_is_drawn_as_a_diamond_that_says_its_range():
+    answers = PreconditionerAnswers(constructed({16: 1.4, 64: 1.2, 256: 0.8}, 0.02))
+    picture: Any = layerwise_over_full([Labelled(label="", answers=answers, compared=answers)])
+    held_out, own, diamond = picture.lines
+    at = answers.pays.isel(damping=0)
+    assert [held_out.label, own.label, diamond.group] == [
+        "μ 0.1, held out",
+        "μ 0.1, own batch",
+        held_out.label,
+    ]
+    assert (diamond.x[0], diamond.y[0]) == (float(at["crossover"]), 1.0)
+    assert f"({float(at['crossover_low']):.3g} to {float(at['crossover_high']):.3g})" in diamond.hover
 
 
 def test_the_nearest_practical_method_and_how_many_cannot_be_told_from_it(rows):
@@ -369,9 +394,9 @@ def blank(table: xr.Dataset, **changes: Any) -> xr.Dataset:
 
 
 def test_nothing_measured_or_another_version_means_nothing_found(table, tmp_path: Path):
-    assert preconditioner_findings(table.isel(step=[])) == []
-    assert preconditioner_findings(blank(table, slope_held_out=np.nan)) == []
-    assert preconditioner_findings(table.drop_vars("slope_held_out")) == []
+    assert said(table.isel(step=[])) == {}
+    assert said(blank(table, slope_held_out=np.nan)) == {}
+    assert said(table.drop_vars("slope_held_out")) == {}
     assert cross_layer_pays(table.isel(step=[])).sizes["damping"] == 0
     assert cross_layer_pays(table.drop_sel(candidate=FULL)).sizes["damping"] == 0
     older = table.drop_vars(

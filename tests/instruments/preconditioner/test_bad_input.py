@@ -16,10 +16,17 @@ from torch import Tensor, nn
 
 from hessprobe.errors import UserError
 from hessprobe.instruments.preconditioner.measure import site as preconditioner_site
+from hessprobe.instruments.preconditioner.measure.candidates.candidate import (
+    Answer,
+    Asked,
+    Candidate,
+    for_every_damping,
+)
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.snapshot import Row, Snapshot
 from hessprobe.measuring.row_recorder import ProbeRecorder
+from hessprobe.optimization.place import Direction
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.store.reader import open_run
@@ -86,23 +93,17 @@ def test_a_candidate_that_fails_says_why_and_the_others_stand(which):
     assert np.isfinite(row["efficiency"][0, 2, sound]).all()
 
 
-def test_an_inverse_that_is_not_positive_definite_leaves_the_rest_of_the_candidate(monkeypatch):
-    from hessprobe.instruments.preconditioner.measure import candidates as preconditioner_candidates
-    from hessprobe.optimization.place import Direction
+def test_an_inverse_that_is_not_positive_definite_leaves_the_rest_of_the_candidate():
+    def answer(asked: Asked) -> Answer:
+        odd = Direction(vector=-asked.place.gradient, inverse=lambda rows: -rows)
+        return for_every_damping(asked, odd)
 
-    monkeypatch.setattr(
-        preconditioner_candidates,
-        "directions",
-        lambda name, place, dampings, **_: (
-            [Direction(vector=-place.gradient, inverse=lambda rows: -rows)] * 2
-        ),
-    )
-    row, _ = measured(condition_steps=3)
+    row, _ = measured({"odd": Candidate(answer=answer, linear=True)}, condition_steps=3)
     assert (
         "condition number: conditioning: the preconditioner's inverse is not positive definite"
-        in (row["candidate_failure"][0])
+        in (row["candidate_failure"][2])
     )
-    assert np.isnan(row["condition"][0]).all() and np.isfinite(row["efficiency"][:, 0]).all()
+    assert np.isnan(row["condition"][2]).all() and np.isfinite(row["efficiency"][:, 2]).all()
 
 
 def test_what_a_candidate_writes_into_is_its_own():

@@ -13,9 +13,9 @@ from torch import Tensor
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.snapshot import Row, Snapshot
-from hessprobe.optimization.directions import BUILT, directions
 from hessprobe.optimization.place import Place
 from hessprobe.problem.partition import Partition
+from tests.instruments.preconditioner.asking import BUILT, directions
 from tests.instruments.preconditioner.truth import Dense, Truth, problem, snapshot_of
 
 NAMES = ("layernorm", "decoder", "decoder_swiglu_layernorm", "decoder_tied")

@@ -13,30 +13,45 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from hessprobe.analysis import open_run, preconditioner_rows
 from hessprobe.errors import UserError
-from hessprobe.instruments.preconditioner.figures import preconditioner_drawings
-from hessprobe.instruments.preconditioner.findings import preconditioner_findings
+from hessprobe.instruments.preconditioner.answers import PreconditionerAnswers
+from hessprobe.instruments.preconditioner.efficiency_pictures import efficiency_over_training
+from hessprobe.instruments.preconditioner.findings import findings
+from hessprobe.instruments.preconditioner.pictures import pictures
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
-from hessprobe.instruments.preconditioner.section import preconditioner
-from hessprobe.report.differences import differences, runs_beside
-from hessprobe.report.figure_set import save_drawings, save_figures
+from hessprobe.pictures import matplotlib_pen
+from hessprobe.pictures.picture import Picture
+from hessprobe.reading.labelled import Labelled
+from hessprobe.report.asking import ask
+from hessprobe.report.differences import differences
+from hessprobe.report.figure_set import save_figures
 from hessprobe.report.page import write_report
 from hessprobe.report.several_runs import write_runs_report
 from hessprobe.report.terminal import show
 from tests.instruments.preconditioner.runs import write_preconditioner_run
+from tests.pictures.drawn import grid_on_paper, lines_on_paper
 from tests.report.odd_text import HOSTILE
 from tests.report.page_reading import finding, numbers, script_json
 from tests.report.runs import write_run
 
 SCRIPT = Path(__file__).parents[3] / "analyses" / "preconditioner_quality.py"
-CHARTS = {
-    "layerwise_over_full", "layerwise_over_full_steps", "scoreboard", "over_layerwise", "efficiency_own",
-    "efficiency_held_out", "block_efficiency", "block_rates", "block_steps",
+ON_BOTH = {
+    "layerwise_over_full", "preconditioner_scoreboard", "over_layerwise", "block_efficiency", "block_step_sizes",
+    "block_step_gains",
 }  # fmt: skip
+ON_PAGE = ON_BOTH | {"layerwise_over_full_steps", "efficiency_own", "efficiency_held_out"}
+ON_PAPER = ON_BOTH | {"efficiency_over_training"}
+
+
+def drawn(*folders: Path) -> dict[str, Picture]:
+    """Returns the pictures of runs by name."""
+    tables = [open_run(folder)["preconditioner"].to_dataset() for folder in folders]
+    answers = [PreconditionerAnswers(table) for table in tables]
+    runs = [Labelled(label=f.name, answers=a, compared=a) for f, a in zip(folders, answers, strict=True)]
+    return {picture.name: picture for picture in pictures(runs)}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +127,7 @@ def test_the_scoreboard_and_efficiencies_are_those_stored(text, rows):
     last = at["efficiency_held_out"].sel(step=30)
     assert names[:-1] == list(last.dropna("candidate").sortby(-last.dropna("candidate"))["candidate"].values)
     assert names[-1] == "sophia"  # not judged
-    board = script_json(text, "chart-data")["scoreboard"]["data"]
+    board = script_json(text, "chart-data")["preconditioner_scoreboard"]["data"]
     for trace, name in zip(board, ("efficiency", "efficiency_held_out"), strict=True):
         np.testing.assert_allclose(
             numbers(trace["x"]), at[name].sel(step=30, candidate=trace["y"]), rtol=1e-10
@@ -135,14 +150,14 @@ def test_ratios_and_blocks_are_those_of_the_stored_numbers(text, rows):
     blocks, names, shown = grid(text, "block_efficiency")
     assert blocks == list(rows["block"].values)
     np.testing.assert_allclose(shown, rows["block_efficiency"].sel(step=30, candidate=names), rtol=1e-12)
-    blocks, names, shown = grid(text, "block_rates")
+    blocks, names, shown = grid(text, "block_step_sizes")
     at = rows.sel(step=30, candidate="update")
     S = at["block_curvature_held_out"].sum("fold").values + 0.1 * np.diag(at["block_norm2"])
     slope = at["block_slope_held_out"].sum("fold").values
     rates = np.linalg.solve(S, slope) / (slope.sum() / S.sum())
     colours = np.where(rates > 0, np.log2(np.maximum(rates, 1e-9)), -2.0).clip(-2, 2)
     np.testing.assert_allclose(shown[names.index("update")], colours, rtol=1e-8)
-    assert "block_steps" in script_json(text, "chart-data")
+    assert set(script_json(text, "chart-data")) >= ON_PAGE
 
 
 def test_failures_are_listed_and_nothing_is_injected(text):
@@ -172,8 +187,8 @@ def test_hostile_names_stay_text(tmp_path):
 
 
 def test_a_missing_table_says_which_flag_records_it(tmp_path):
-    section = preconditioner(open_run(write_run(tmp_path / "run", steps=None, train_steps=1)))
-    assert "hessprobe train --probe preconditioner records it" in section.missing
+    text = write_report(write_run(tmp_path / "run", steps=None, train_steps=1)).read_text(encoding="utf-8")
+    assert "hessprobe train --probe preconditioner records it" in unescape(text)
 
 
 SMALL = PreconditionerRecipe(
@@ -219,48 +234,50 @@ def test_odd_tables_give_a_terminal_and_figures_or_a_reason(tmp_path, arguments)
     show(folder, Console(file=out, width=120), ["preconditioner"])
     assert ("no row holds a number" in out.getvalue()) == ("blank" in arguments)
     left_out = 0
-    for draw in preconditioner_drawings(open_run(folder)).values():
+    for picture in drawn(folder).values():
         try:
-            draw()
+            matplotlib_pen.draw(picture)
         except UserError as error:
             left_out += "table 'preconditioner'" in str(error)
     assert left_out >= 2
 
 
-def dots_of(figure: Figure, index: int) -> np.ndarray:
-    """Returns x and y of the index-th set of points with errors."""
-    drawn: Any = figure.axes[0].containers[index]
-    return np.array(drawn.lines[0].get_data(), dtype=float)
-
-
-def image_of(figure: Figure) -> np.ndarray:
-    drawn: Any = figure.axes[0].images[0].get_array()
-    return np.ma.filled(drawn, np.nan)
-
-
-def test_figures_return_what_they_draw(measured, rows):
-    draw = preconditioner_drawings(open_run(measured))
-    figure, pays = draw["layerwise_over_full"]()
+def test_paper_shows_what_pictures_hold(measured, rows):
+    found = drawn(measured)
+    assert {name for name, picture in found.items() if picture.where != "page"} == ON_PAPER
+    pays: Any = found["layerwise_over_full"].data
+    lines = lines_on_paper(matplotlib_pen.draw(found["layerwise_over_full"]))
+    ends = [line["y"] for line in lines if line["y"].size == 3]
     for i in range(2):  # held out, then own batch, for each damping
-        np.testing.assert_array_equal(dots_of(figure, 2 * i)[1], pays["ratio"][i])
-    figure, board = draw["preconditioner_scoreboard"]()
+        np.testing.assert_array_equal(ends[2 * i], pays["ratio"][i])
+        np.testing.assert_array_equal(ends[2 * i + 1], pays["own_ratio"][i])
+    board: Any = found["preconditioner_scoreboard"].data
     at = rows["efficiency_held_out"].sel(step=30, damping=0.1, curvature_sequences=64).mean("draw")
-    held_out = at.sel(candidate=board["candidate"])
-    np.testing.assert_allclose(dots_of(figure, 1)[0], 100 * held_out)
-    figure, ratios = draw["over_layerwise"]()
-    np.testing.assert_allclose(image_of(figure), np.log2(ratios["ratio"]), rtol=1e-12)
-    figure, over = draw["efficiency_over_training"]()
+    figure = matplotlib_pen.draw(found["preconditioner_scoreboard"])
+    np.testing.assert_allclose(lines_on_paper(figure)[1]["x"], at.sel(candidate=board["candidate"]))
+    ratios: Any = found["over_layerwise"].data
+    first = grid_on_paper(matplotlib_pen.draw(found["over_layerwise"]))[:, :3]
+    np.testing.assert_allclose(first, np.log2(ratios["ratio"].sel(damping=0.1)), rtol=1e-12)
+    over: Any = found["efficiency_over_training"].data
     assert "update" in over["candidate"].values and over.sizes["candidate"] <= 8
-    np.testing.assert_allclose(
-        np.asarray(dots_of(figure, 0)[1], dtype=float),
-        100 * over["held_out"].isel(candidate=0),
-    )
-    figure, losses = draw["block_efficiency"]()
-    np.testing.assert_allclose(image_of(figure), 100 * losses["efficiency"])
-    figure, steps = draw["block_step_gains"]()
+    line = lines_on_paper(matplotlib_pen.draw(found["efficiency_over_training"]))[0]
+    np.testing.assert_allclose(line["y"], over["held_out"].isel(candidate=0))
+    losses: Any = found["block_efficiency"].data
+    shown = grid_on_paper(matplotlib_pen.draw(found["block_efficiency"]))
+    np.testing.assert_allclose(shown, 100 * losses["efficiency"])
+    steps: Any = found["block_step_gains"].data
     gain = steps["gain"].sel(found="other sequences", known="together")
-    np.testing.assert_array_equal(dots_of(figure, 0)[0], gain)
-    assert np.isfinite(draw["block_step_sizes"]()[1]["multiplier"]).any()
+    np.testing.assert_array_equal(
+        lines_on_paper(matplotlib_pen.draw(found["block_step_gains"]))[0]["x"], gain
+    )
+    assert np.isfinite(grid_on_paper(matplotlib_pen.draw(found["block_step_sizes"]))).any()
+
+
+def test_chosen_candidates_alone_are_drawn_over_training(measured):
+    answers = PreconditionerAnswers(open_run(measured)["preconditioner"].to_dataset())
+    run = Labelled(label="", answers=answers, compared=answers)
+    picture: Any = efficiency_over_training([run], ["muon", "gradient"])
+    assert [line.label for line in picture.lines] == ["muon", "gradient"]
 
 
 @pytest.fixture
@@ -273,21 +290,17 @@ def quick(monkeypatch):
         (folder / f"{name}.pdf").touch()
         return [folder / f"{name}.pdf"]
 
-    monkeypatch.setattr("hessprobe.pictures.paper.save", touched)
+    monkeypatch.setattr("hessprobe.pictures.matplotlib_pen.save", touched)
 
 
 def test_all_figures_are_written_and_a_run_without_the_table_has_none(measured, tmp_path, quick):
     names = {path.stem for path in save_figures(open_run(measured), tmp_path / "all").written}
-    assert set(preconditioner_drawings(open_run(measured))) <= names
+    assert names >= ON_PAPER
     bare = open_run(write_run(tmp_path / "bare", steps=None, train_steps=2))
-    assert (
-        not {path.stem for path in save_figures(bare, tmp_path / "some").written} & names & {"over_layerwise"}
-    )
-    with pytest.raises(UserError, match="no table 'preconditioner'"):
-        preconditioner_drawings(bare)["over_layerwise"]()
+    assert not {path.stem for path in save_figures(bare, tmp_path / "some").written} & ON_PAPER
     alone = write_preconditioner_run(tmp_path / "alone", recipe=SMALL, steps=(0,), train_steps=1)
-    left_out = save_drawings(preconditioner_drawings(open_run(alone)), tmp_path / "alone").left_out
-    assert set(left_out) == {"layerwise_over_full", "over_layerwise"}
+    left_out = save_figures(open_run(alone), tmp_path / "alone").left_out
+    assert set(left_out) & ON_PAPER == {"layerwise_over_full", "over_layerwise"}
 
 
 def test_the_script_prints_findings_the_series_and_its_files(measured, tmp_path, quick, capsys):
@@ -324,11 +337,13 @@ def test_several_runs_stand_side_by_side(measured, tmp_path):
     assert "bare: This run holds no table 'preconditioner'" in unescape(text)
     value, _, sentence = finding(text, "layerwise_over_full")
     stated = [
-        preconditioner_findings(open_run(run)["preconditioner"].to_dataset())[0] for run in (measured, other)
+        findings(PreconditionerAnswers(open_run(run)["preconditioner"].to_dataset()))[0]
+        for run in (measured, other)
     ]
     assert value == pytest.approx(abs(stated[0].value - stated[1].value))
     assert "Over their measured steps, the held-out decrease of layerwise over full" in sentence
     # Other dampings, other numbers: such runs are not compared.
     recipe = PreconditionerRecipe(curvature_sequences=(4,), held_out_sequences=8, folds=4, dampings=(1.0,))
     apart = write_preconditioner_run(tmp_path / "apart", recipe=recipe, steps=(0,), train_steps=1)
-    assert "layerwise_over_full" not in {each.name for each in differences(runs_beside([measured, apart])[0])}
+    asked = ask([open_run(measured), open_run(apart)], ["measured", "apart"])
+    assert "layerwise_over_full" not in {each.name for each in differences(asked)}

@@ -1,4 +1,4 @@
-"""Where training stands and what measuring cost, recomputed from the stored columns."""
+"""Where training stands, recomputed from the stored columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from hessprobe.analysis import loss_curve, measuring_costs, open_run, summarize_training
+from hessprobe.analysis import loss_curve, open_run, summarize_training
 from hessprobe.instruments.train.answers import decrease_ratio, step_outcomes
 from tests.report.runs import write_run
 
@@ -75,20 +75,3 @@ def test_outcomes_are_counted_by_their_first_word():
     table = xr.Dataset({"outcome": ("step", np.array(said, dtype=object))}, {"step": range(6)})
     assert step_outcomes(table) == {"accepted": 3, "rejected": 1, "retried": 1}
     assert step_outcomes(table.drop_vars("outcome")) == {}
-
-
-def test_costs_are_the_sums_over_the_rows_that_were_measured(log):
-    costs = measuring_costs(log).sel(table="cross_layer")
-    table = log["cross_layer"].to_dataset().load()
-    seconds = table["seconds"].values[[0, 3]]
-    assert (int(costs["rows"]), int(costs["failed"])) == (4, 1)
-    assert float(costs["seconds"]) == pytest.approx(seconds.sum(), rel=1e-13)
-    assert float(costs["seconds_per_row"]) == pytest.approx(np.median(seconds), rel=1e-13)
-    assert float(costs["gradient_equivalents"]) == 128.0
-    assert float(costs["share_of_run"]) == pytest.approx(seconds.sum() / (32.5 + seconds.sum()), rel=1e-13)
-
-
-def test_without_training_there_is_no_share(tmp_path):
-    log = open_run(write_run(tmp_path / "run", train_steps=0))
-    assert np.isnan(measuring_costs(log)["share_of_run"].values).all()
-    assert measuring_costs(open_run(write_run(tmp_path / "other", steps=None))).sizes["table"] == 0

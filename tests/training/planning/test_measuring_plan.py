@@ -50,12 +50,12 @@ def test_rows_gradients_and_share_are_counted_in_the_trainings_unit():
     model = Decoder(decoder_config(recipe), generator=None)
     partition = Partition.of(model)
     training = recipe.optimizer.minibatches + 17 * cost(recipe.optimizer, model, partition)
-    coupling, discrepancy = plan_measuring(recipe)
+    coupling, gn_hessian = plan_measuring(recipe)
     assert (coupling.name, coupling.rows, coupling.sequences) == ("cross_layer", 6, 64)
-    assert (discrepancy.name, discrepancy.rows) == ("gn_hessian", 3)  # steps 0, 7 and 14
+    assert (gn_hessian.name, gn_hessian.rows) == ("gn_hessian", 3)  # steps 0, 7 and 14
     for found, probe in (
         (coupling, CrossLayerProbe(recipe.cross_layer)),
-        (discrepancy, GNHessianProbe(recipe.gn_hessian)),
+        (gn_hessian, GNHessianProbe(recipe.gn_hessian)),
     ):
         assert found.per_row == probe.cost(partition)
         assert found.gradients == pytest.approx(found.rows * found.per_row * probe.unit_sequences / 16)
@@ -67,9 +67,9 @@ def test_memory_holds_the_vectors_a_pass_and_what_the_bound_lets_in_beside_it(mi
     recipe = nano("probes=['gn_hessian', 'cross_layer']", f"gn_hessian.memory_mib={mib}")
     model = Decoder(decoder_config(recipe), generator=None)
     partition = Partition.of(model)
-    discrepancy, coupling = plan_measuring(recipe)
+    gn_hessian, coupling = plan_measuring(recipe)
     for found, probe, beside in (
-        (discrepancy, GNHessianProbe(recipe.gn_hessian), mib * 2**20),
+        (gn_hessian, GNHessianProbe(recipe.gn_hessian), mib * 2**20),
         (coupling, CrossLayerProbe(recipe.cross_layer), 0),  # layer kernels: one pass after the other
     ):
         one_pass = max(pass_memory(model.config, probe.unit_sequences).values())

@@ -92,16 +92,20 @@ class CrossFit:
         self._blas = ThreadpoolController()
 
     def decrease(self, groups: Sequence[Group]) -> np.ndarray:
-        """Returns (g.d)^2 / (2 d.(G_held + mu)d) in nats (1 + b,), the mean over both ways: of all sequences, then
-        with each left out. NaN where the curvature comes out below zero."""
+        """Returns (g.d)^2 / (2 d.(G_held + mu)d) in nats (1 + b,), of all sequences, then with each left out.
+
+        The mean over both ways; NaN where the curvature comes out below zero.
+        """
         with self._one_thread():
             return self._decrease(self._direction(groups))
 
     def decreases_joined(
         self, groups: Sequence[Group], *, left_out: bool = True
     ) -> dict[tuple[Group, Group], np.ndarray]:
-        """Returns `decrease` for every two of the groups joined, the others left as they are: (1 + b,) or, without
-        `left_out`, (1,)."""
+        """Returns `decrease` for every two of the groups joined, the others left as they are.
+
+        Each is (1 + b,) or, without `left_out`, (1,).
+        """
         with self._one_thread():
             together = self._direction(groups, left_out)
             found = {}
@@ -139,8 +143,10 @@ class CrossFit:
         return found
 
     def pieces(self, group: Group, left_out: bool = True) -> tuple[_Piece, _Piece]:
-        """Returns what a group of blocks adds to the direction, for either way; without `left_out`, with every
-        sequence alone, which is cheaper."""
+        """Returns what a group of blocks adds to the direction, for either way.
+
+        Without `left_out`, with every sequence alone, which is cheaper.
+        """
         group = tuple(sorted(group))
         first, second = self._pieces.get(group, (None, None))
         if first is None or second is None or (left_out and len(first.slope) == 1):

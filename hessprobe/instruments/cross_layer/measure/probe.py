@@ -54,6 +54,10 @@ class CrossLayerProbe(Probe):
         self._division = 1
         self._memory = (recipe.memory_mib or 0) * 2**20
 
+    @property
+    def works_sharded(self) -> bool:
+        return self.recipe.uses_kernels
+
     def table(self, partition: Partition) -> Table:
         return cross_layer_table(self.recipe, partition.blocks)
 

@@ -44,6 +44,7 @@ def norm_rows(probes: SharedProbes, known: Estimate | None = None) -> dict[str, 
 
 
 def node_rows(densities: dict[str, SpectralDensity]) -> dict[str, Tensor]:
+    """Returns the Ritz values of the matrices with their weights and residuals, (matrix, probe, ritz)."""
     found = densities.values()
     return {
         "ritz_value": torch.stack([density.nodes for density in found]),
@@ -53,6 +54,7 @@ def node_rows(densities: dict[str, SpectralDensity]) -> dict[str, Tensor]:
 
 
 def spectrum_rows(densities: dict[str, SpectralDensity]) -> dict[str, Tensor]:
+    """Returns what the Lanczos runs say of the matrices: nodes, and the extreme eigenvalues (matrix,) with residuals."""
     extremes = {
         name: torch.tensor([density.extreme(largest) for density in densities.values()], dtype=torch.float64)
         for name, largest in (("lambda_max", True), ("lambda_min", False))

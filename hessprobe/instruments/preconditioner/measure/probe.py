@@ -13,16 +13,12 @@ from hessprobe.curvature import cost
 from hessprobe.estimation.block_norms import symmetry_gap
 from hessprobe.estimation.conditioning import conditioning
 from hessprobe.instruments.preconditioner.measure.batches import SharedOut
-from hessprobe.instruments.preconditioner.measure.candidates import (
-    MOST_GRADIENTS,
-    Answer,
-    Candidate,
-    Candidates,
-)
+from hessprobe.instruments.preconditioner.measure.candidates.candidate import Answer, Candidate, Function
+from hessprobe.instruments.preconditioner.measure.candidates.chosen import Candidates
 from hessprobe.instruments.preconditioner.measure.row import PreconditionerRow
 from hessprobe.instruments.preconditioner.measure.site import Site
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
-from hessprobe.instruments.preconditioner.table import preconditioner_table
+from hessprobe.instruments.preconditioner.table import LAYERWISE, preconditioner_table
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.partition import Partition
@@ -37,8 +33,8 @@ class PreconditionerProbe(Probe):
 
     Args:
         recipe: sizes, dampings, candidates, budgets.
-        candidates: further ones by name, function(gradient (p,), snapshot) -> direction (p,): the snapshot holds the
-            curvature batch as its batches.
+        candidates: further ones by name, a `Candidate` or function(gradient (p,), snapshot) -> direction (p,): the snapshot
+            holds the curvature batch as its batches.
 
     A batch of fewer sequences than the recipe lays out is measured as far as it goes, which is said once; the row says how
     far (curvature_sequences_read, held_out_sequences_read).
@@ -55,7 +51,7 @@ class PreconditionerProbe(Probe):
     needs_optimizer = True
 
     def __init__(
-        self, recipe: PreconditionerRecipe, candidates: Mapping[str, Candidate] | None = None
+        self, recipe: PreconditionerRecipe, candidates: Mapping[str, Candidate | Function] | None = None
     ) -> None:
         self.recipe = recipe
         self.every = recipe.every
@@ -69,8 +65,7 @@ class PreconditionerProbe(Probe):
         return self.recipe.curvature_sequences[-1]
 
     def table(self, partition: Partition) -> Table:
-        for name in self.candidates.names:
-            self.candidates.groups(name, partition)  # a grouping that does not fit is told before the run
+        self.candidates.groups(partition)  # a grouping that does not fit is told before the run
         return preconditioner_table(self.recipe, partition.blocks, self.candidates.names)
 
     def measure(self, snapshot: Snapshot) -> Row:
@@ -106,21 +101,19 @@ class PreconditionerProbe(Probe):
 
     def cost(self, partition: Partition) -> float:
         recipe, layers, dampings = self.recipe, len(partition), len(self.recipe.dampings)
-        groups = [self.candidates.groups(name, partition) for name in self.candidates.names]
-        solves = {found for found in groups if found is not None} | {(partition.blocks,)}
+        candidates = self.candidates.all.values()
+        solves = {*self.candidates.groups(partition), (partition.blocks,)}
         iterations = recipe.cg_iterations + dampings
         products = cost.gauss_newton_products
         solved = sum(products(len(found)) for found in solves) * iterations
         # Directions to judge: one for each damping where it depends on it, and the optimum's.
-        names = zip(self.candidates.names, groups, strict=True)
-        many = [found is not None or name in ("kfac", "ekfac", "diagonal_gn") for name, found in names]
-        judged = sum(dampings if each else 1 for each in many) * cost.tangents()
-        built = sum(MOST_GRADIENTS.get(name, 0.0) for name in self.candidates.names)
+        judged = sum(dampings if each.damped else 1 for each in candidates) * cost.tangents()
+        built = sum(each.most_gradients for each in candidates)
         share = sum(recipe.curvature_sequences) / self.unit_sequences
         held_out = recipe.held_out_sequences / self.unit_sequences
-        by_block = cost.tangents(layers) * len(many)
-        linear = sum(name in ("gradient", "kfac", "ekfac", "diagonal_gn") for name in self.candidates.names)
-        layerwise = 0.0 if "layerwise_gn" in self.candidates.names else products(layers) * iterations
+        by_block = cost.tangents(layers) * len(candidates)
+        linear = sum(each.linear for each in candidates)
+        layerwise = 0.0 if LAYERWISE in self.candidates.names else products(layers) * iterations
         on_curvature = recipe.draws * share * (2 + solved + judged + dampings * cost.tangents() + built)
         on_held_out = 2 + products() * (iterations + dampings / 2)
         on_held_out += recipe.draws * len(recipe.curvature_sequences) * judged + by_block

@@ -9,10 +9,11 @@ import numpy as np
 
 from hessprobe.errors import UserError
 from hessprobe.estimation.conditioning import Conditioning
-from hessprobe.instruments.preconditioner.measure.candidates import Answer
+from hessprobe.instruments.preconditioner.measure.candidates.candidate import Answer
 from hessprobe.instruments.preconditioner.measure.site import Judged, Site, jackknife_stderr
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
-from hessprobe.schema.table import MEASUREMENT_VARIABLES, Table
+from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
+from hessprobe.schema.table import Table
 
 
 class PreconditionerRow:

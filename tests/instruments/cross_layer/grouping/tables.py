@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import xarray as xr
 
 from hessprobe.instruments.cross_layer.grouping.sketches import Sketches
-import itertools
+from hessprobe.instruments.cross_layer.recipe import CrossLayerRecipe
+from hessprobe.instruments.cross_layer.table import cross_layer_table
+from tests.instruments.cross_layer.tables import as_recorded
 
 BLOCKS = ("a", "b", "c", "d")
 
@@ -37,20 +41,12 @@ def drawn(seed: int = 0, rounds: int = 4, count: int = 6) -> tuple[np.ndarray, n
 
 
 def table(steps: int = 2) -> xr.Dataset:
-    rows = []
-    for seed in range(steps):
-        s = of(*drawn(seed, rounds=8))
-        row = {
-            "kernel": (("block", "sketch", "other_sketch"), s.kernel.astype(np.float32)),
-            "alignment": (("direction", "block", "sketch"), np.stack([s.alignment * np.nan, -s.alignment])),
-            "gradient_norm2": (("block",), s.norm2),
-            "sequence_tokens": (("sketch",), s.tokens[s.sequence]),
-        }
-        rows.append(xr.Dataset(row))
-    coords = {
-        "block": list(BLOCKS),
-        "direction": ["update", "negative_gradient"],
-        "step": [10 * i for i in range(steps)],
+    recipe = CrossLayerRecipe(sequences=6, rounds=8)
+    rows = [of(*drawn(seed, rounds=recipe.rounds)) for seed in range(steps)]
+    columns = {
+        "kernel": np.stack([s.kernel.astype(np.float32) for s in rows]),
+        "alignment": np.stack([np.stack([s.alignment * np.nan, -s.alignment]) for s in rows]),
+        "gradient_norm2": np.stack([s.norm2 for s in rows]),
+        "sequence_tokens": np.stack([s.tokens[s.sequence] for s in rows]),
     }
-    attributes = {"sketch_sequence": s.sequence.tolist(), "sketch_round": s.round.tolist()}
-    return xr.concat(rows, dim="step").assign_coords(coords).assign_attrs(attributes)
+    return as_recorded(cross_layer_table(recipe, BLOCKS), columns, [10 * i for i in range(steps)])

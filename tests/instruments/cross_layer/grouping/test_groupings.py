@@ -3,6 +3,8 @@ sample of it, cover the truth with their errors, and say where they are not to b
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -210,11 +212,11 @@ def test_the_damping_named_as_the_way_out_is_the_smallest_that_is_resolved():
 
 
 def test_curvature_along_a_stored_direction_equals_its_definition():
-    w, g, tokens = drawn()
+    w, _, tokens = drawn()
     d = np.linspace(-1, 1, 20)
     sketches = of(w, d, tokens)  # the alignment with d
     value, stderr = curvature_along(sketches, sketches.alignment)
-    matrix, parts = dense(w, tokens), list(zip(STARTS[:-1], STARTS[1:], strict=True))
+    matrix, parts = dense(w, tokens), list(itertools.pairwise(STARTS))
     wanted = [[d[i:j] @ matrix[i:j, k:m] @ d[k:m] for k, m in parts] for i, j in parts]
     np.testing.assert_allclose(value, wanted)
     left = [dense(np.delete(w, b, 1), np.delete(tokens, b)) for b in range(6)]

@@ -17,16 +17,14 @@ import xarray as xr
 from scipy.optimize import brentq
 
 from hessprobe.analysis import open_run
-from hessprobe.instruments.cross_layer.grouping.figures import (
-    grouping_curve,
-    importance_over_training,
-    merge_gains,
-    overshoot_over_training,
-)
+from hessprobe.instruments.cross_layer.answers import CrossLayerAnswers
 from hessprobe.instruments.cross_layer.grouping.study import study_groupings
-from hessprobe.pictures.paper import save
+from hessprobe.instruments.cross_layer.pictures import pictures
+from hessprobe.pictures.matplotlib_pen import draw, save
+from hessprobe.reading.labelled import Labelled
 from hessprobe.report.findings import findings
 from hessprobe.report.page import write_report
+from tests.pictures.drawn import grid_on_paper, lines_on_paper
 from tests.report.page_reading import finding, numbers, script_json
 from tests.report.runs import LAYERS, write_run
 
@@ -147,7 +145,7 @@ def drawn(chart: dict[str, Any], error: str) -> dict[Any, tuple[float, float, st
         for label, value, stderr, custom in zip(
             labels, numbers(values), errors, trace["customdata"], strict=True
         ):
-            assert custom[0] == pytest.approx(stderr)
+            assert float(custom[0].strip(" ±%")) / 100 == pytest.approx(stderr, rel=0.06, abs=1e-9)
             found[label] = (float(value), float(stderr), str(custom[-1]))
     return found
 
@@ -236,7 +234,7 @@ def test_the_findings_on_groupings(text, decrease):
 
 
 def test_the_stable_layerwise_step_stands_beside_the_chosen_step_sizes(text, sketched, last):
-    lower, upper, chosen = script_json(text, "chart-data")["overshoot"]["data"]
+    lower, upper, chosen = script_json(text, "chart-data")["jacobi_radius"]["data"]
     log = open_run(sketched)
     rows = log["cross_layer"].to_dataset().sel(step=[0, 10, 30])
     np.testing.assert_allclose(numbers(lower["y"]), 2 / rows["jacobi_radius"].values)
@@ -283,24 +281,28 @@ def test_many_blocks_give_the_ends_of_the_ranking_and_too_many_say_what_is_left_
 
 
 def test_the_figures_draw_what_the_page_does(sketched, text, tmp_path):
-    run = open_run(sketched)
-    study, charts = study_groupings(run["cross_layer"].to_dataset()), script_json(text, "chart-data")
-    figure, gains = merge_gains(study)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == charts["merge_gains"][
-        "layout"
-    ]["yaxis"]["categoryarray"][::-1]
-    dots = np.concatenate([container.lines[0].get_xdata() for container in figure.axes[0].containers])
-    np.testing.assert_allclose(np.sort(dots), np.sort(100 * gains["gain"].values))
-    figure, curve = grouping_curve(study)
-    np.testing.assert_allclose(figure.axes[0].containers[0].lines[0].get_ydata(), 100 * curve["captured"])
-    figure, importance = importance_over_training(study)
-    image = np.ma.asarray(figure.axes[0].images[0].get_array())
-    np.testing.assert_allclose(image.filled(np.nan), 100 * importance["importance"].values.T)
-    assert np.isnan(importance["importance"].values[0]).all()
-    figure, radius = overshoot_over_training(run)
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), 2 / radius["high"])
-    for name, each in {"a": figure, "b": merge_gains(study)[0]}.items():
-        assert all(path.stat().st_size > 1000 for path in save(each, tmp_path, name))
+    run, charts = open_run(sketched), script_json(text, "chart-data")
+    answers = CrossLayerAnswers(run["cross_layer"].to_dataset(), train=run["train"].to_dataset())
+    runs = [Labelled(label="", answers=answers, compared=answers)]
+    figures = {each.name: draw(each) for each in pictures(runs)}
+    names = [label.get_text() for label in figures["merge_gains"].axes[0].get_yticklabels()]
+    assert names == charts["merge_gains"]["layout"]["yaxis"]["categoryarray"][::-1]
+    containers: Any = figures["merge_gains"].axes[0].containers
+    dots = np.concatenate([container.lines[0].get_xdata() for container in containers])
+    on_page = [value for value, _, _ in drawn(charts["merge_gains"], "error_x").values()]
+    np.testing.assert_allclose(np.sort(dots[np.isfinite(dots)]), np.sort(on_page))
+    curve = lines_on_paper(figures["grouping_curve"])[0]
+    on_page = drawn(charts["grouping_curve"], "error_y")
+    np.testing.assert_allclose(curve["y"], [on_page[int(count)][0] for count in curve["x"]])
+    heat = charts["importance"]["data"][0]
+    values = np.reshape(numbers_of(heat["z"]), (K, 3))
+    assert np.isnan(values[:, 0]).all()
+    np.testing.assert_allclose(grid_on_paper(figures["importance"]), 100 * values)
+    lines = lines_on_paper(figures["jacobi_radius"])
+    for line, chart in zip(lines, charts["jacobi_radius"]["data"], strict=True):
+        np.testing.assert_allclose(line["y"], numbers(chart["y"]))
+    for name in ("jacobi_radius", "merge_gains"):
+        assert all(path.stat().st_size > 1000 for path in save(figures[name], tmp_path, name))
 
 
 def test_findings_are_the_same_whether_the_study_is_given_or_not(sketched):
