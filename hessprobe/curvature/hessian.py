@@ -8,7 +8,6 @@ many products at one theta, from graphs of the gradient made once (curvature/gra
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -18,6 +17,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from hessprobe.curvature.difference_steps import Named
+from hessprobe.curvature.first_order_products import FIRST_ORDER
 from hessprobe.curvature.forward_mode import NoForwardMode, check_forward_mode, moving
 from hessprobe.curvature.gradient_graph import GradientGraph
 from hessprobe.curvature.model_operator import ModelOperator
@@ -36,7 +37,7 @@ class Hessian(ModelOperator):
     the model (activation checkpointing, a custom function without forward mode) refuses it.
     """
 
-    ENGINES = ("forward-over-reverse", "reverse-over-reverse")
+    ENGINES = ("forward-over-reverse", "reverse-over-reverse", FIRST_ORDER)
     FILLS_CPU = 256  # it keeps more than a Gauss-Newton product does
     _record = False
     _keep = 0  # bytes of gradient graphs that may live on between products
@@ -133,6 +134,16 @@ class Hessian(ModelOperator):
         # In closed form: differentiating through log-softmax would dominate the cost.
         return self.objective.loss_function.gradient(outputs, self.objective.targets(batch)) / self.weight
 
+    def _by_differences(self, batch: Batch, v: Named, e: float, wanted: Sequence[str]) -> Named:
+        """Costs 2 gradients."""
+        cotangent = self._difference_cotangent(batch)
+        up, down = (self.first_order.passes.pulled_back(batch, cotangent, wanted, v, by) for by in (e, -e))
+        return {name: up[name].sub_(down[name]).div_(2 * e) for name in up}
+
+    def _difference_cotangent(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """Returns what is pulled back at theta + e v and theta - e v, from the outputs there."""
+        return partial(self._cotangent, batch=batch)
+
     def _reverse_over_reverse(self, batch: Batch, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         moved, wanted = self.names_in(columns), self.names_in(rows)
         return self._through(self._graph(batch, moved), v, moved, wanted)
@@ -164,10 +175,8 @@ class Hessian(ModelOperator):
             compare: one product from a graph is compared with one without it first, for up to 5 gradients: a function
                 whose backward pass cannot be differentiated may drop out of a graph without an error.
         """
-        found = copy.copy(self)
-        if found._theta is None:
-            found._theta = {name: leaf.clone() for name, leaf in self.leaves(()).items()}
-        found._engines, found._keep, found._kept = list(self._engines), keep, {}
+        found = self.fixed()
+        found._keep, found._kept = keep, {}
         found._compared = not compare
         return found
 
@@ -177,7 +186,7 @@ class Hessian(ModelOperator):
         return bool(self._keep and self._kept)
 
     def _own(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
-        if self._keep and self.pieces:
+        if self._keep and self.pieces and self.engine != FIRST_ORDER:
             try:
                 if not self._compared and (with_targets := self.pieces.with_targets):
                     self._compare(with_targets[:1])

@@ -1,22 +1,27 @@
 """What the Gauss-Newton matrix and the Hessian of a model share: theta, micro-batches, memory, ways to differentiate.
 
 Each has several engines, best first. One that the model forbids (a custom function without forward mode,
-activation checkpointing, an in-place operation under vmap) is dropped at its first failure, for good.
+activation checkpointing, an in-place operation under vmap) is dropped at its first failure, for good. The last one,
+"first-order", has no derivative but the gradient's (curvature/difference_steps.py), and an error that it states.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from hessprobe.curvature import cost
+from hessprobe.curvature.difference_steps import Named, StepErrors
+from hessprobe.curvature.first_order_products import FIRST_ORDER, FirstOrderProducts, check_precision
 from hessprobe.curvature.forward_mode import NoForwardMode
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
-from hessprobe.errors import UserError, unknown_name
+from hessprobe.errors import UserError, unknown_name, warn
 from hessprobe.machine.devices import working_memory
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.machine.seeds import trial_vectors
@@ -26,10 +31,14 @@ from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.operation_rules import without_rules
 from hessprobe.problem.parameter_kinds import present
 from hessprobe.problem.partition import Partition
-from hessprobe.problem.shares import Share
+from hessprobe.problem.shares import Share, is_sharded
 from hessprobe.problem.swapping import common_dtype
 
 DEFAULT_MEMORY = 2**29
+
+
+class NoSecondDerivatives(UserError):
+    """The model's backward pass cannot be differentiated."""
 
 
 class ModelOperator(CurvatureOperator):
@@ -44,10 +53,13 @@ class ModelOperator(CurvatureOperator):
         parameters: theta as a (p,) vector; default: the model's own parameters, read at every product.
         memory: bytes that the vectors of one chunk and their activations may take; more rows are done in turn. Default:
             512 MiB, or a quarter of what a GPU has free.
-        engine: "auto", or one of the class's ENGINES.
+        engine: one of the class's ENGINES; "exact", the first but "first-order" that the model takes; or "auto", which
+            takes "first-order" too where the model has no second derivatives, and then warns. Parameters sharded over
+            devices have no other.
 
     Raises:
-        UserError: no target in any batch, an unknown engine, or theta of another size.
+        UserError: no target in any batch, an unknown engine, or theta of another size; "first-order" for weights in half
+            precision; another engine, or theta, for sharded parameters.
     """
 
     ENGINES: tuple[str, ...] = ()
@@ -80,13 +92,31 @@ class ModelOperator(CurvatureOperator):
         self.weight = self.micro_batches.weight  # what the mean loss divides by
         self.memory = working_memory(device, DEFAULT_MEMORY) if memory is None else memory
         self._theta = None if parameters is None else partition.unflatten(parameters.detach())
-        if engine != "auto" and engine not in self.ENGINES:
-            raise unknown_name(f"{type(self).__name__} engine", engine, ["auto", *self.ENGINES])
-        self._engines = list(self.ENGINES) if engine == "auto" else [engine]
+        self._engines = self._engines_of(engine)
         self._batched = True
         self._trusted = False
+        self._fallen = self._said = (
+            False  # whether differences are taken for want of derivatives, and that was said
+        )
         self._cuts: int | None = None
         self._pieces: MicroBatches | None = None
+
+    def _engines_of(self, engine: str) -> list[str]:
+        exact = [name for name in self.ENGINES if name != FIRST_ORDER]
+        sets = {"auto": list(self.ENGINES), "exact": exact, **{name: [name] for name in self.ENGINES}}
+        if engine not in sets:
+            raise unknown_name(f"{type(self).__name__} engine", engine, list(sets))
+        if not is_sharded(self.objective.model):
+            if engine == FIRST_ORDER:
+                check_precision(self.dtype)
+            return sets[engine]
+        if FIRST_ORDER not in sets[engine]:
+            raise UserError(
+                f"engine={engine!r}: parameters sharded over devices have neither a forward mode nor second derivatives: "
+                f"leave out engine=, or pass engine={FIRST_ORDER!r}"
+            )
+        check_precision(self.dtype)
+        return [FIRST_ORDER]
 
     @property
     def pieces(self) -> MicroBatches:
@@ -96,9 +126,15 @@ class ModelOperator(CurvatureOperator):
             found, shares = [], self.micro_batches.parted([own.batch for own in self.shares])
             for batch, (count, positions) in zip(shares, shares.shapes, strict=True):
                 cuts = self._cuts or (2 if count * positions >= 2 * fills else 1)
+                cuts = 1 if self._passes_together else cuts
                 found += self.objective.split(batch, cuts)
             self._pieces = shares.parted(found)
         return self._pieces
+
+    @cached_property
+    def _passes_together(self) -> bool:
+        """Whether a pass needs all processes, which must then make equally many."""
+        return self.objective.processes.count > 1 and is_sharded(self.objective.model)
 
     @cached_property
     def shares(self) -> list[Share]:
@@ -121,6 +157,15 @@ class ModelOperator(CurvatureOperator):
     def leaves(self, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         """Returns theta by name as fresh leaves; only `names` (default: all) want gradients."""
         return self.objective.leaves(self.partition, self._theta, names)
+
+    def fixed(self) -> Self:
+        """Returns the operator at the present theta for good; of sharded parameters, which nobody copies, at theta."""
+        found = copy.copy(self)
+        if found._theta is None and not is_sharded(self.objective.model):
+            found._theta = {name: leaf.clone() for name, leaf in self.leaves(()).items()}
+            found.__dict__.pop("first_order", None)
+        found._engines = list(self._engines)
+        return found
 
     def names_in(self, blocks: Blocks) -> tuple[str, ...]:
         """Returns the names of the blocks' parameters in the order of the flat vector."""
@@ -176,11 +221,13 @@ class ModelOperator(CurvatureOperator):
     def _own(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
         """Returns this process's share of the products."""
         while True:
-            chunk = self.rows_at_once(v.shape[0]) if self._batched else 1
+            # Differences take one row after the other in any case.
+            one_by_one = not self._batched or self.engine == FIRST_ORDER
+            chunk = 1 if one_by_one else self.rows_at_once(v.shape[0])
             try:
                 parts = [self._attempt(part, columns, rows) for part in v.split(chunk)]
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self._passes_together:
                     raise
                 if chunk > 1:  # the bound was too hopeful: half the rows at once
                     self.memory = chunk // 2 * self.bytes_per_row
@@ -193,25 +240,34 @@ class ModelOperator(CurvatureOperator):
         if v.shape[0] > 1 and not self._batched:
             return torch.cat([self._attempt(row, columns, rows) for row in v.split(1)])
         try:
+            if self.engine == FIRST_ORDER:
+                return self._differences(v, columns, rows)
             if self.engine == self.ENGINES[0]:
                 self._check_first_engine()
             elif not self._trusted:
                 self._check_symmetry()
             return self._over_batches(self._product(self.engine, v.shape[0]), v, columns, rows)
-        except (RuntimeError, NotImplementedError) as refusal:
+        except (RuntimeError, NotImplementedError, NoSecondDerivatives) as refusal:
             if is_out_of_memory(refusal):
                 raise
-            if v.shape[0] > 1 and not isinstance(refusal, NoForwardMode):
+            if v.shape[0] > 1 and not isinstance(refusal, (NoForwardMode, NoSecondDerivatives)):
                 # perhaps it is vmap that the model does not take
                 self._batched = False
             elif len(self._engines) > 1:
                 self._engines.pop(0)
+                self._fallen = self.engine == FIRST_ORDER
             else:
                 raise
             try:
-                return self._attempt(v, columns, rows)
+                found = self._attempt(v, columns, rows)
             except (RuntimeError, NotImplementedError) as second:
                 raise second from refusal
+            except UserError as second:
+                if not isinstance(refusal, NoSecondDerivatives):
+                    raise
+                raise UserError(f"{refusal} Differences of passes do not serve either: {second}") from second
+            self._say()
+            return found
 
     def _check_first_engine(self) -> None:
         """Raises NoForwardMode where the first engine's products would not be of one symmetric matrix."""
@@ -228,7 +284,7 @@ class ModelOperator(CurvatureOperator):
         au, av = (self._over_batches(product, x[None], everything, everything)[0] for x in (u, v))
         gap = (u @ av - v @ au).abs() / (u.norm() * av.norm()).clamp_min(torch.finfo(self.dtype).tiny)
         if gap > torch.finfo(self.dtype).eps ** 0.4:
-            raise UserError(
+            raise NoSecondDerivatives(
                 f"{type(self).__name__}: this model has no second derivatives where it needs them (products are not "
                 f"symmetric, gap {float(gap):.1e}): a custom function or kernel whose backward pass cannot be "
                 "differentiated. Measure with the plain implementation of that layer."
@@ -238,6 +294,39 @@ class ModelOperator(CurvatureOperator):
     def _trial_rows(self, k: int) -> Tensor:
         """Returns (k, p) rows to check products with, the same every time."""
         return trial_vectors(self.device)(torch.empty(k, self.size, dtype=self.dtype, device=self.device))
+
+    def _say(self) -> None:
+        """Warns once where differences are taken for want of derivatives."""
+        if not self._fallen or self._said:
+            return
+        self._said, errors = True, self.step_errors
+        warn(
+            f"{type(self).__name__}: {type(self.objective.model).__name__} has no second derivatives, so products are from "
+            f"differences of gradients and forward passes (engine {FIRST_ORDER!r}), with a relative error of about "
+            f'{errors.error if errors else 0.0:.0e} (step_errors); engine="exact" raises instead'
+        )
+
+    @property
+    def step_errors(self) -> StepErrors | None:
+        """What products of the engine "first-order" are worth; None before the first one, and for other engines."""
+        return self.first_order.errors if self.engine == FIRST_ORDER else None
+
+    @cached_property
+    def first_order(self) -> FirstOrderProducts:
+        """What makes the products of the engine "first-order"; `measure_steps` tells their errors along any direction."""
+        check_precision(self.dtype)
+        return FirstOrderProducts(
+            type(self), self.micro_batches, self.partition, self._theta, compare=not self._fallen
+        )
+
+    def _differences(self, v: Tensor, columns: Blocks, rows: Blocks) -> Tensor:
+        return self.first_order.apply(
+            self._by_differences, self.pieces, v, self.names_in(columns), self.names_in(rows)
+        )
+
+    def _by_differences(self, batch: Batch, v: Named, e: float, wanted: Sequence[str]) -> Named:
+        """Returns one micro-batch's share of A v by name, from passes at theta + e v and theta - e v."""
+        raise NotImplementedError
 
     def _over_batches(
         self, product: Callable[..., Tensor], v: Tensor, columns: Blocks, rows: Blocks

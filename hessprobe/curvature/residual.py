@@ -6,6 +6,8 @@ what one of H does, where H - G costs both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
@@ -20,3 +22,7 @@ class Residual(Hessian):
         # Its own tangent, or graph, is what makes the difference to H: that part is G.
         fixed = forward_ad.unpack_dual(outputs).primal.detach()
         return super()._cotangent(fixed, batch)
+
+    def _difference_cotangent(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        fixed = self._cotangent(self.first_order.passes.outputs(batch), batch)  # 1/3 gradient more than H
+        return lambda z: fixed

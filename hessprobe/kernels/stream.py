@@ -16,11 +16,11 @@ from torch import Tensor
 from hessprobe.curvature import cost
 from hessprobe.kernels.features import Piece
 from hessprobe.kernels.grams import Grams, Held
-from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.passes import Seen, forward_and_backward
 from hessprobe.kernels.plan import MASKED, Plan, Tap
 from hessprobe.kernels.sequence_gradients import Stretch, outputs_of, sequence_gradients, watched, within
 from hessprobe.machine.devices import put_by
+from hessprobe.problem.leaves import Leaves
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.kernels.division import within_memory
-from hessprobe.kernels.leaves import Leaves
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, NotOneCall, Plan, first_plan, without
 from hessprobe.kernels.sequence_gradients import sequence_gradients, watched
 from hessprobe.kernels.stream import Cotangents, Stream
@@ -20,6 +19,7 @@ from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.machine.processes import Processes
 from hessprobe.machine.seeds import trial_vectors
 from hessprobe.problem.batches import tensors_of
+from hessprobe.problem.leaves import Leaves
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.operation_rules import without_rules

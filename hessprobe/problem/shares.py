@@ -64,4 +64,7 @@ def share_of(objective: Objective, batches: MicroBatches) -> list[Share]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Tells whether parameters lie in parts on several devices (FSDP2, tensor parallel: DTensors)."""
-    return any(hasattr(p, "placements") for p in model.parameters())
+    # After a forward pass alone FSDP2 leaves parameters gathered in the places of the shards.
+    return any(hasattr(p, "placements") for p in model.parameters()) or any(
+        hasattr(module, "set_requires_gradient_sync") for module in model.modules()
+    )

@@ -48,6 +48,10 @@ def cases(width: int, layers: int, sequences: int) -> tuple[dict[str, tuple[Call
     many = torch.randn(ROWS, partition.size, generator=generator)
     gauss_newton = GaussNewton(objective, (inputs, targets), partition)
     hessian = Hessian(objective, (inputs, targets), partition)
+    differences = {
+        letter: kind(objective, (inputs, targets), partition, engine="first-order")
+        for letter, kind in (("G", GaussNewton), ("H", Hessian))
+    }
     doubled = GaussNewton(objective, (inputs, targets), partition, engine="double-backward")
 
     parameters = dict(model.named_parameters())
@@ -80,9 +84,11 @@ def cases(width: int, layers: int, sequences: int) -> tuple[dict[str, tuple[Call
         "G hessprobe": (lambda: gauss_newton.apply(one), 1),
         f"G hessprobe, {ROWS} rows": (lambda: gauss_newton.apply(many), ROWS),
         "G hessprobe, double backward": (lambda: doubled.apply(one), 1),
+        "G hessprobe, first-order": (lambda: differences["G"].apply(one), 1),
         "G curvlinops": (math(lambda: peer_g @ one[0]), 1),
         "H hessprobe": (lambda: hessian.apply(one), 1),
         f"H hessprobe, {ROWS} rows": (lambda: hessian.apply(many), ROWS),
+        "H hessprobe, first-order": (lambda: differences["H"].apply(one), 1),
         "H PyHessian style (double backward)": (pyhessian, 1),
         "H curvlinops": (math(lambda: peer_h @ one[0]), 1),
     }
@@ -93,6 +99,15 @@ def cases(width: int, layers: int, sequences: int) -> tuple[dict[str, tuple[Call
         f"decoder of {partition.size:,} parameters ({layers} layers, width {width}), {sequences} x 128 tokens, "
         f"float32; our G against curvlinops': {float(agree):.1e} relative"
     )
+    for letter, exact in (("G", gauss_newton), ("H", hessian)):
+        found, wanted = differences[letter].apply(one), exact.apply(one)
+        stated = differences[letter].step_errors
+        assert stated is not None
+        tried = ", ".join(f"{e:.0e} at {d:.2g}" for d, e in zip(stated.distances, stated.errors, strict=True))
+        line += (
+            f"\n{letter} first-order: {float((found - wanted).norm() / wanted.norm()):.1e} from the exact one, stated "
+            f"{stated.error:.1e} at e|v| = {stated.distance:.2g} ({tried})"
+        )
     return contenders, line
 
 

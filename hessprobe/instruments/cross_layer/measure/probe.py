@@ -228,6 +228,7 @@ class CrossLayerProbe(Probe):
             snapshot.partition,
             parameters=snapshot.parameters,
             memory=self._memory,
+            engine="exact",  # a row says nothing of one that has errors of its own
         )
 
     def _by_products(self, snapshot: Snapshot, operator: CurvatureOperator) -> dict[str, Any]:

@@ -128,7 +128,8 @@ class GNHessianProbe(Probe):
         at = snapshot.objective, snapshot.micro_batches, snapshot.partition
         stated, device = self.recipe.memory_mib, snapshot.parameters.device
         memory = self._memory if stated else working_memory(device, DEFAULT_MEMORY)
-        given: dict[str, Any] = {"parameters": snapshot.parameters, "memory": memory}
+        # A row says nothing of an engine that has errors of its own.
+        given: dict[str, Any] = {"parameters": snapshot.parameters, "memory": memory, "engine": "exact"}
         each, compare = memory // len(MATRICES), not self._compared
         return (
             GaussNewton(*at, **given).linearised(each),

@@ -98,7 +98,7 @@ class Site:
             gradient=gradient,
         )
         self.gauss_newton = GaussNewton(
-            objective, batches, partition, parameters=snapshot.parameters, memory=memory
+            objective, batches, partition, parameters=snapshot.parameters, memory=memory, engine="exact"
         ).linearised(memory)
         self.spent = 2.0  # the gradient, and the linearisation
         self._solved: dict[Groups, DampedSolutions] = {}

@@ -49,6 +49,9 @@ class Leaves:
     def __getitem__(self, name: str) -> Tensor:
         return self._found[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
     def run(self, function: Callable[[], Result]) -> Result:
         """Returns function() with the leaves in place, in backward too."""
         if not self.sharded:
