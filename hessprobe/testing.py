@@ -80,7 +80,7 @@ def _check_measuring(instrument: Any, settings: Any, seed: int, folder: Path) ->
     with _promise(instrument, "a row that cannot be measured says why"):
         from hessprobe.store.reader import open_run
 
-        reasons = open_run(folder / "measured")[instrument.name]["failure"].values.tolist()
+        reasons = open_run(folder / "measured")[instrument.name].to_dataset()["failure"].values.tolist()
         assert not any(reasons[:2]) and reasons[-1], f"failures of the rows: {reasons}"
     _read(folder / "measured")
     with _promise(instrument, "its rows are read where there is no torch"):
@@ -192,18 +192,15 @@ def _batch(seed: int) -> Any:
 def _snapshot(seed: int, sequences: int) -> Any:
     import torch
 
-    from hessprobe.instruments.snapshot import Snapshot
+    from hessprobe.measuring.snapshots import Snapshots
     from hessprobe.problem.objective import Objective
     from hessprobe.problem.partition import Partition
 
     model = _model(seed)
-    partition = Partition.of(model)
-    theta = partition.vector(model)
-    update = 0.01 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(seed))
-    batch = tuple(part[:sequences] for part in _batch(seed))
-    return Snapshot(
-        step=0, objective=Objective(model), partition=partition, parameters=theta, batches=[batch], update=update, seed=seed
-    )  # fmt: skip
+    taken = Snapshots(objective=Objective(model), partition=Partition.of(model), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    update = 0.01 * torch.randn(taken.theta().shape, generator=generator)
+    return taken.take(0, [tuple(part[:sequences] for part in _batch(seed))], update=update)
 
 
 def _trained(probe: Any, seed: int, folder: Path) -> list[Any]:
