@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from hessprobe.moved import keep_old_names
+
 if TYPE_CHECKING:
     from hessprobe import optimization as optim
     from hessprobe.any_loop.recorder import Recorder
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from hessprobe.store.reader import open_run
 
 __version__ = "0.1.0"
+
+keep_old_names()
 
 _HOMES = {
     "Estimate": "estimation.sampling",

@@ -10,6 +10,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# A package without files of its own: modules that once stood here are found under their old names (hessprobe.moved).
+__path__: list[str] = []
+
 if TYPE_CHECKING:
     from hessprobe.instruments.cross_layer.coupling import coupling as coupling
     from hessprobe.instruments.cross_layer.coupling import coupling_by_distance as coupling_by_distance

@@ -13,7 +13,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from hessprobe.machine.devices import read
 from hessprobe.machine.memory import is_out_of_memory
+from hessprobe.machine.seeds import trial_vectors
 from hessprobe.problem.measuring import with_parameters
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.operation_rules import without_rules
@@ -49,11 +51,7 @@ def check_forward_mode(objective: Objective, batch: Batch, theta: Mapping[str, T
 
 
 def _agrees(objective: Objective, batch: Batch, theta: Mapping[str, Tensor]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-
+    drawn = trial_vectors(next(iter(theta.values())).device)
     leaves = {name: x.detach().requires_grad_() for name, x in theta.items()}
 
     def pulled_back() -> tuple[Tensor, list[Tensor | None]]:
@@ -64,7 +62,8 @@ def _agrees(objective: Objective, batch: Batch, theta: Mapping[str, Tensor]) -> 
         return w, list(torch.autograd.grad(z, list(leaves.values()), w, allow_unused=True))
 
     w, pulled = with_parameters(objective.model, leaves, pulled_back)
-    norms = [0.0 if g is None else float(g.norm()) for g in pulled]
+    known = iter(read(g.norm() for g in pulled if g is not None))
+    norms = [0.0 if g is None else next(known) for g in pulled]
     least = SMALLEST * max(norms) or 1.0
     tangents = {
         name: drawn(x).div_(max(norm, least)) for (name, x), norm in zip(theta.items(), norms, strict=True)
@@ -73,7 +72,7 @@ def _agrees(objective: Objective, batch: Batch, theta: Mapping[str, Tensor]) -> 
     _, jv = forward_tangents(objective, batch, theta, tangents, tuple(theta))
     along = (w * jv).double()
     gap = along.sum() - sum(term.sum() for term in terms)
-    size = along.norm() + sum(float(term.square().sum()) for term in terms) ** 0.5
+    size = along.norm() + sum(read(term.square().sum() for term in terms)) ** 0.5
     return not bool(abs(gap) > torch.finfo(jv.dtype).eps ** 0.4 * size)
 
 

@@ -51,9 +51,7 @@ class Hessian(ModelOperator):
         """Raises where tangents through the gradient do not give a symmetric matrix; 2 products of a piece, once a model."""
         trust = self.objective.trust
         if trust.second is None and self.pieces:
-            generator = torch.Generator().manual_seed(0)
-            rows = torch.randn(2, self.size, generator=generator, dtype=torch.float64)
-            u, v = rows.to(self.device, self.dtype)
+            u, v = self._trial_rows(2)
             everything = self.partition.blocks
             with measuring(self.objective.model):
                 hu, hv = (
@@ -200,8 +198,7 @@ class Hessian(ModelOperator):
 
     def _compare(self, piece: MicroBatches) -> None:
         """Raises where a product from a graph is not the product without it, on one piece."""
-        v = torch.randn(1, self.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        v, everything = v.to(self.device, self.dtype), self.partition.blocks
+        v, everything = self._trial_rows(1), self.partition.blocks
         with measuring(self.objective.model):
             kept = self._by_kept_graph(piece[0], v, everything, everything)
         theta = None if self._theta is None else self.partition.flatten(self._theta)

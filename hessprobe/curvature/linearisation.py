@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hessprobe.curvature.first_order import first_order
+from hessprobe.machine.devices import read
+from hessprobe.machine.seeds import trial_vectors
 from hessprobe.problem.measuring import with_parameters
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.operation_rules import without_rules
@@ -122,20 +124,18 @@ class Linearisation:
         A function whose backward pass cannot be differentiated (once_differentiable, a hand-written kernel) drops out
         of J without an error. Cost: a tangent for each group and a pull-back.
         """
-        generator = torch.Generator().manual_seed(0)
-
-        def drawn(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-
+        drawn = trial_vectors(self._z.device)
         w = drawn(self._z)
         v = {name: drawn(leaf) for name, leaf in self.leaves.items()}
         pulled = self.pull_back(w, list(self.leaves))
+        gaps = []
         for names in groups:
             jv = self.tangent(v, names)
             there = (w * jv).sum()
             back = torch.stack([(pulled[n] * v[n]).sum() for n in names]).sum()
             norms = [torch.stack([x[n].norm() for n in names]).norm() for x in (pulled, v)]
             size = w.norm() * jv.norm() + norms[0] * norms[1]
-            gap = (there - back).abs() / size.clamp_min(torch.finfo(jv.dtype).tiny)
-            if gap > torch.finfo(jv.dtype).eps ** 0.4:
-                raise NotLinearisable(f"J and J^T differ by {float(gap):.1e}")
+            gaps.append((there - back).abs() / size.clamp_min(torch.finfo(w.dtype).tiny))
+        for gap in read(gaps):
+            if gap > torch.finfo(w.dtype).eps ** 0.4:
+                raise NotLinearisable(f"J and J^T differ by {gap:.1e}")

@@ -22,7 +22,9 @@ from hessprobe.curvature.first_order_products import FIRST_ORDER, FirstOrderProd
 from hessprobe.curvature.forward_mode import NoForwardMode
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
 from hessprobe.errors import UserError, unknown_name, warn
+from hessprobe.machine.devices import working_memory
 from hessprobe.machine.memory import is_out_of_memory
+from hessprobe.machine.seeds import trial_vectors
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
@@ -49,7 +51,8 @@ class ModelOperator(CurvatureOperator):
         batches: one batch or a list of micro-batches.
         partition: the blocks of the flat vector.
         parameters: theta as a (p,) vector; default: the model's own parameters, read at every product.
-        memory: bytes that the vectors of one chunk and their activations may take; more rows are done in turn.
+        memory: bytes that the vectors of one chunk and their activations may take; more rows are done in turn. Default:
+            512 MiB, or a quarter of what a GPU has free.
         engine: one of the class's ENGINES; "exact", the first but "first-order" that the model takes; or "auto", which
             takes "first-order" too where the model has no second derivatives, and then warns. Parameters sharded over
             devices have no other.
@@ -71,7 +74,7 @@ class ModelOperator(CurvatureOperator):
         partition: Partition,
         *,
         parameters: Tensor | None = None,
-        memory: int = DEFAULT_MEMORY,
+        memory: int | None = None,
         engine: str = "auto",
     ) -> None:
         dtype, device = (
@@ -87,7 +90,7 @@ class ModelOperator(CurvatureOperator):
         self.micro_batches = objective.micro_batches(batches)
         self.tokens = self.micro_batches.tokens
         self.weight = self.micro_batches.weight  # what the mean loss divides by
-        self.memory = memory
+        self.memory = working_memory(device, DEFAULT_MEMORY) if memory is None else memory
         self._theta = None if parameters is None else partition.unflatten(parameters.detach())
         self._engines = self._engines_of(engine)
         self._batched = True
@@ -275,8 +278,7 @@ class ModelOperator(CurvatureOperator):
         A function whose backward pass cannot be differentiated (once_differentiable, a hand-written kernel) drops
         out of a reverse pass towards named inputs without an error, and the product is then not symmetric.
         """
-        generator = torch.Generator().manual_seed(0)
-        u, v = torch.randn(2, self.size, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
+        u, v = self._trial_rows(2)
         product = self._product(self.engine, 1)
         everything = self.partition.blocks
         au, av = (self._over_batches(product, x[None], everything, everything)[0] for x in (u, v))
@@ -288,6 +290,10 @@ class ModelOperator(CurvatureOperator):
                 "differentiated. Measure with the plain implementation of that layer."
             )
         self._trusted = True
+
+    def _trial_rows(self, k: int) -> Tensor:
+        """Returns (k, p) rows to check products with, the same every time."""
+        return trial_vectors(self.device)(torch.empty(k, self.size, dtype=self.dtype, device=self.device))
 
     def _say(self) -> None:
         """Warns once where differences are taken for want of derivatives."""

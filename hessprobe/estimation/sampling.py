@@ -11,6 +11,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from hessprobe.errors import UserError
+from hessprobe.machine.devices import sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def rademacher(
     The draws happen on the generator's own device, so that a seed means the same numbers everywhere.
     """
     signs = torch.randint(0, 2, (k, p), generator=generator, device=generator.device, dtype=torch.int8)
-    return signs.to(device).to(dtype).mul_(2).sub_(1)
+    return sent(signs, torch.device(device)).to(dtype).mul_(2).sub_(1)
 
 
 def log_interval(

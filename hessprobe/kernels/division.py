@@ -15,7 +15,7 @@ from hessprobe.errors import UserError
 from hessprobe.kernels.grams import Grams
 from hessprobe.kernels.plan import NotOneCall, Plan, without
 from hessprobe.kernels.sketches import Draws
-from hessprobe.kernels.stream import Stream
+from hessprobe.kernels.stream import HOST_MEMORY, Stream
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.machine.processes import PeerFailed, together
 from hessprobe.problem.micro_batches import MicroBatches
@@ -96,6 +96,7 @@ def gathered(
         objective = objective.alone
         shares = objective.share(batches)
     processes, sharded = objective.processes, is_sharded(objective.model)
+    on_host = HOST_MEMORY if next(objective.model.parameters()).device.type == "cuda" else 0
     sizes = [own.stop - own.start for own in shares]
     everyone = processes.gathered(sizes) if sharded else [sizes]
     cuttable: list[bool] = []
@@ -125,6 +126,7 @@ def gathered(
                 theta=theta,
                 along=along,
                 memory=memory // division,
+                host_memory=on_host // division,
                 autocast=autocast,
             )
             grams: Grams | None = None

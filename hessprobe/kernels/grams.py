@@ -11,6 +11,7 @@ from torch import Tensor
 from hessprobe.kernels import features
 from hessprobe.kernels.features import FastPath, Piece, prefers_tokens, token_gram
 from hessprobe.kernels.plan import Tap
+from hessprobe.machine.devices import sent
 from hessprobe.machine.processes import ALONE, Processes
 
 
@@ -62,11 +63,11 @@ class Grams:
         embedded = tap.path.name == "embedding"
         inputs, gradients = [], []
         for a, rounds in zip(held.inputs, held.gradients, strict=True):
-            a = _positions(a.to(self.device), tap.path, embedding=embedded)
+            a = _positions(sent(a, self.device), tap.path, embedding=embedded)
             a = a if embedded else a.to(self.dtype)
             for g in rounds:
                 inputs.append(a)
-                gradients.append(_positions(g.to(self.device, self.dtype), tap.path))
+                gradients.append(_positions(sent(g, self.device).to(self.dtype), tap.path))
         shared = self._occurring(inputs) if embedded else None
         for own, name in tap.names.items():
             if own == "weight" and self._by_tokens(tap, inputs, gradients):

@@ -24,6 +24,7 @@ from hessprobe.kernels.plan import Plan
 from hessprobe.kernels.sketches import Draws
 from hessprobe.kernels.stream import DEFAULT_MEMORY
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.machine.devices import working_memory
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
 
@@ -226,7 +227,7 @@ def layer_kernels(
     parameters: Tensor | None = None,
     along: Mapping[str, Tensor] | None = None,
     plan: Plan | None = None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     autocast: torch.dtype | None = None,
     division: int = 1,
 ) -> LayerKernels:
@@ -243,8 +244,9 @@ def layer_kernels(
         along: vectors (p,) by name; their inner products with every sketch are kept as `alignment`.
         plan: of an earlier call on the same model; made and verified (about 2 gradients) where not given.
         memory: bytes held on the model's device until all sketches are there: inputs and output gradients where there
-            are several rounds or micro-batches, the fallback's gradients. What does not fit costs further passes; on an
-            accelerator inputs and output gradients go to the host instead.
+            are several rounds or micro-batches, the fallback's gradients. Default: 2 GiB, or a quarter of what a GPU has
+            free. What does not fit costs further passes; from a GPU 8 GiB of inputs and output gradients go to main memory
+            first.
         autocast: run the model under torch.autocast of this type (torch.bfloat16); Gram matrices stay in float32. So they
             do for parameters in half precision: beside float32 at the same weights, kernels differ by 2 % of their norm
             at most, traces by 0.5 %, couplings by 0.02 in bfloat16 (0.3 %, 0.1 %, 0.003 in float16).
@@ -273,7 +275,7 @@ def layer_kernels(
         rounds,
         theta=None if parameters is None else partition.unflatten(parameters.detach()),
         along=along,
-        memory=memory,
+        memory=_memory(objective) if memory is None else memory,
         autocast=autocast,
         division=division,
     )
@@ -302,3 +304,10 @@ def layer_kernels(
         gradients=found.gradients,
         division=found.division,
     )
+
+
+def _memory(objective: Objective) -> int:
+    """Returns what may be held where nothing was said: the least that any process has room for."""
+    own = working_memory(next(objective.model.parameters()).device, DEFAULT_MEMORY)
+    processes = objective.processes
+    return own if processes.count == 1 else -int(processes.most(torch.tensor(-own)))

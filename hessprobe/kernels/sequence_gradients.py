@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hessprobe.problem.leaves import Leaves
 from hessprobe.kernels.plan import MASKED
+from hessprobe.problem.leaves import Leaves
 from hessprobe.problem.measuring import measuring
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition

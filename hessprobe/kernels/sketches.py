@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hessprobe.errors import UserError, unknown_name
+from hessprobe.machine.devices import sent
 from hessprobe.problem.losses import Loss
 
 COTANGENTS = ("sampled", "sign", "empirical")
@@ -131,9 +132,9 @@ def _cotangent(kind: str, loss: Loss, outputs: Tensor, targets: Tensor, noise: T
     if noise is None:
         return loss.gradient(outputs, targets) * loss.valid(targets)[:, None]
     root = loss.hessian_scale(outputs, targets).sqrt()
+    noise = sent(noise, outputs.device).to(outputs.dtype)
     if kind == "sign":
-        noise = noise.to(outputs.device).to(outputs.dtype) * 2 - 1
-    noise = noise.to(outputs.device, outputs.dtype)
+        noise = noise * 2 - 1
     if loss.family == "squared":
         return noise * root
     if loss.family == "logistic":

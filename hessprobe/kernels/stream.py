@@ -16,16 +16,20 @@ from torch import Tensor
 from hessprobe.curvature import cost
 from hessprobe.kernels.features import Piece
 from hessprobe.kernels.grams import Grams, Held
-from hessprobe.problem.leaves import Leaves
 from hessprobe.kernels.passes import Seen, forward_and_backward
 from hessprobe.kernels.plan import MASKED, Plan, Tap
 from hessprobe.kernels.sequence_gradients import Stretch, outputs_of, sequence_gradients, watched, within
+from hessprobe.machine.devices import put_by
+from hessprobe.problem.leaves import Leaves
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import is_sharded
 
 DEFAULT_MEMORY = 2**31
+# Bytes of main memory that a process's passes on a GPU may fill beside; torch, which rounds pinned sizes up to powers of
+# two, may take twice as many.
+HOST_MEMORY = 2**33
 # (micro-batch's number, round, outputs (n, c), targets) -> cotangents (n, c), each token's scaled to its sequence; the
 # same whenever it is asked for the same.
 Cotangents = Callable[[int, int, Tensor, Tensor], Tensor]
@@ -44,7 +48,8 @@ class Stream:
         along: vectors (p,) by name, whose inner products with every sketch are wanted.
         memory: bytes of inputs, output gradients and the fallback's gradients held at once (one module's, or as many
             as one sequence's gradient of one parameter, in any case).
-        to_host: on an accelerator, move what goes beyond to the host rather than sweep again.
+        host_memory: bytes of inputs and output gradients that may lie in main memory beside these, before the rest is left
+            to another sweep.
         autocast: run the model under torch.autocast of this type; Gram matrices stay in float32.
 
     After `run`, `gradients` is what it cost, in gradients of all micro-batches.
@@ -60,11 +65,11 @@ class Stream:
         groups: Mapping[str, int] | None = None,
         along: Mapping[str, Tensor] | None = None,
         memory: int = DEFAULT_MEMORY,
-        to_host: bool = True,
+        host_memory: int = 0,
         autocast: torch.dtype | None = None,
     ) -> None:
         self.objective, self.partition, self.plan, self.theta = objective, partition, plan, theta
-        self.memory, self.autocast = memory, autocast
+        self.memory, self.host_memory, self.autocast = memory, host_memory, autocast
         self.along = {name: partition.unflatten(vector) for name, vector in (along or {}).items()}
         order = {block: i for i, block in enumerate(partition.blocks)}
         self.group = groups or {slot.name: order[slot.block] for slot in partition.slots}
@@ -72,7 +77,6 @@ class Stream:
         dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
         self.like = torch.empty(0, dtype=dtype, device=first.device)
         self.sharded = is_sharded(objective.model)
-        self.to_host = to_host and first.device.type != "cpu"
         self.gradients = 0.0
 
     def run(self, batches: MicroBatches, rounds: int, cotangents: Cotangents) -> Grams:
@@ -128,7 +132,8 @@ class Stream:
         for number in range(len(self.batches)):
             drawn = sweep.run(number)
             if number == 0:
-                entries = (self.memory - sweep.bytes) // (self.sketches * self.like.itemsize)
+                left = self.memory - min(sweep.bytes, self.memory)
+                entries = left // (self.sketches * self.like.itemsize)
                 taken, rest = within(entries, rest, least=0 if sweep.taps else self.least)
                 own = sum(self.sequences) * self.rounds
                 rows = self.like.new_empty(own, sum(stretch.size for stretch in taken))
@@ -245,8 +250,8 @@ class _Sweep:
     def _choose(self, seen: Mapping[int, Seen]) -> None:
         """Settles which taps this sweep takes: in order, those that still fit, and one at least."""
         stream = self.stream
-        if stream.to_host or (not stream.several and stream.rounds == 1):
-            return  # each gradient is used as it arrives, or there is room
+        if not stream.several and stream.rounds == 1:
+            return  # each gradient is used as it arrives
         scale = sum(stream.places) / stream.places[0]
         mine = [seen[id(tap)] for tap in self.taps]
         needs = [
@@ -258,7 +263,7 @@ class _Sweep:
         taken, known = [], set()
         for tap, one, (outputs, inputs) in zip(self.taps, mine, needs, strict=True):
             need = outputs + (inputs if one.inputs.data_ptr() not in known else 0)
-            if taken and self.bytes + need > stream.memory:
+            if taken and self.bytes + need > stream.memory + stream.host_memory:
                 self.left.append(tap)
                 del self.held[id(tap)]
                 continue
@@ -268,6 +273,8 @@ class _Sweep:
         self.taps = taken
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        """Returns the tensor, on the host where the device's share of the memory is spent."""
-        self._on_device += tensor.nbytes
-        return tensor.cpu() if self.stream.to_host and self._on_device > self.stream.memory else tensor
+        """Returns the tensor, in main memory where the device's share is spent."""
+        if not self.stream.host_memory or self._on_device + tensor.nbytes <= self.stream.memory:
+            self._on_device += tensor.nbytes
+            return tensor
+        return put_by(tensor)

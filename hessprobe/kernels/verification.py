@@ -11,13 +11,15 @@ from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.kernels.division import within_memory
-from hessprobe.problem.leaves import Leaves
 from hessprobe.kernels.plan import MASKED, ONE_SEQUENCE, NotOneCall, Plan, first_plan, without
 from hessprobe.kernels.sequence_gradients import sequence_gradients, watched
 from hessprobe.kernels.stream import Cotangents, Stream
+from hessprobe.machine.devices import read
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.machine.processes import Processes
+from hessprobe.machine.seeds import trial_vectors
 from hessprobe.problem.batches import tensors_of
+from hessprobe.problem.leaves import Leaves
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.operation_rules import without_rules
@@ -97,8 +99,7 @@ def _verified(
     valid = objective.loss_function.valid(objective.targets(batch)).view(count, positions)
 
     def one_sequence(number: int, r: int, z: Tensor, targets: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+        noise = trial_vectors(z.device)(z)
         only = torch.zeros_like(noise).view(count, positions, -1)
         only[chosen] = noise.view(count, positions, -1)[chosen] * valid[chosen, :, None]
         return only.view_as(noise)
@@ -120,19 +121,20 @@ def _verified(
         floor = tolerance**4 * sum(norms.values())
         wrong = set()
         with without_rules():
-            for tap in plan.taps:
-                diagonal = sum(kernel[numbers[name]].diagonal() for name in tap.names.values())
-                assert isinstance(diagonal, Tensor)
-                expected = sum(norms[name] for name in tap.names.values())
-                others = float(diagonal.sum() - diagonal[chosen])
-                allowed = tolerance * expected + floor
-                if abs(float(diagonal[chosen]) - expected) > allowed or others > allowed:
-                    wrong.add(id(tap))
+            groups = [[kernel[numbers[name]].diagonal() for name in tap.names.values()] for tap in plan.taps]
+            diagonals = [torch.stack(group).sum(0) for group in groups]
+            own = read(diagonal[chosen] for diagonal in diagonals)
+            everyone = read(diagonal.sum() for diagonal in diagonals)
+        for tap, mine, whole in zip(plan.taps, own, everyone, strict=True):
+            expected = sum(norms[name] for name in tap.names.values())
+            allowed = tolerance * expected + floor
+            if abs(mine - expected) > allowed or whole - mine > allowed:
+                wrong.add(id(tap))
         plan = without(plan, wrong)
         if not plan.fallback:
             # For what a later batch may add: slower, but it needs no proof.
             return Plan(taps=plan.taps, fallback=(), how=MASKED)
-        own: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         try:
             sequence_gradients(
                 objective,
@@ -142,7 +144,7 @@ def _verified(
                 plan.fallback,
                 [truth.cotangent],
                 ONE_SEQUENCE,
-                found=lambda r, b, gradients: own.update(gradients),
+                found=lambda r, b, gradients: found.update(gradients),
                 among=[chosen],
             )
         except (RuntimeError, UserError, ValueError, IndexError) as error:
@@ -150,13 +152,13 @@ def _verified(
                 raise
             return Plan(taps=plan.taps, fallback=plan.fallback, how=MASKED)
         agree = True
-        for name, mine in own.items():
+        # Of a way that has just been refused, its norm alone is known.
+        apart = {name: gradient - truth.gradients.get(name, 0) for name, gradient in found.items()}
+        for name, gap in zip(apart, read(x.double().square().sum() for x in apart.values()), strict=True):
             if name in truth.gradients:
-                gap = float((mine - truth.gradients[name]).double().square().sum())
                 agree &= gap <= tolerance**2 * norms[name] + floor
-            else:  # of a way that has just been refused, its norm alone is known
-                gap = abs(float(mine.double().square().sum()) - norms[name])
-                agree &= gap <= tolerance * norms[name] + floor
+            else:
+                agree &= abs(gap - norms[name]) <= tolerance * norms[name] + floor
     return Plan(taps=plan.taps, fallback=plan.fallback, how=ONE_SEQUENCE if agree else MASKED)
 
 
@@ -195,11 +197,11 @@ def _true_gradients(
 ) -> _Truth:
     """Returns the pulled back cotangents; whole only for the names `kept`: of the others one at a time exists."""
     leaves = Leaves(objective, partition, theta, partition.names)
-    norms = dict.fromkeys(partition.names, 0.0)
+    squares: dict[str, Tensor] = {}
 
     def measured(name: str, gradient: Tensor) -> Tensor:
         with without_rules():
-            norms[name] = float(gradient.double().square().sum())
+            squares[name] = gradient.double().square().sum()
             return gradient if name in kept else gradient.new_zeros(()).expand(gradient.shape)
 
     def once() -> _Truth:
@@ -220,6 +222,8 @@ def _true_gradients(
         named = zip(partition.names, inputs, grads, strict=True)
         whole = {n: torch.zeros_like(x) if g is None else g for n, x, g in named if n in kept}
         tolerance = max(TOLERANCE.get(x.dtype, FINE) for x in (cotangent, *inputs))
+        norms = dict(zip(squares, read(squares.values()), strict=True))
+        norms = {name: norms.get(name, 0.0) for name in partition.names}
         return _Truth(norms=norms, gradients=whole, cotangent=cotangent, tolerance=tolerance)
 
     return leaves.run(once)

@@ -95,7 +95,7 @@ class Processes:
 
     def all_say(self, yes: bool) -> bool:
         """Tells whether every process says yes."""
-        return not bool(self.most(torch.tensor(int(not yes))))
+        return yes if self.count == 1 else not bool(self.most(torch.tensor(int(not yes))))
 
     def gathered(self, thing: Result) -> list[Result]:
         """Returns every process's thing, in their order: anything small that can be pickled."""

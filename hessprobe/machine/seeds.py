@@ -7,10 +7,12 @@ has the same numbers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 def key_of(*parts: object, size: int = 8) -> int:
@@ -24,3 +26,19 @@ def generator_of(*parts: object, device: torch.device | str = "cpu") -> torch.Ge
     import torch  # which a corpus can be opened without
 
     return torch.Generator(device).manual_seed(key_of(*parts) >> 1)  # torch takes 63 bits
+
+
+def trial_vectors(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Returns what makes standard normal numbers like a tensor, always the same: for checks, whose draws nobody keeps.
+
+    They are drawn on a GPU where the device is one, and differ from a CPU's.
+    """
+    import torch
+
+    place = device if device.type == "cuda" else torch.device("cpu")
+    generator = torch.Generator(place).manual_seed(0)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=place).to(like)
+
+    return drawn

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from hessprobe.machine.devices import uses_tf32
 from hessprobe.machine.processes import ALONE, Processes
 from hessprobe.problem.partition import Partition
 
@@ -29,6 +30,9 @@ def machine_attributes(
         "versions": json.dumps(known.versions),
         "git_commit": known.commit,
         "device": known.device,
+        "float32_matmul": known.float32_matmul,
+        "autocast": known.autocast,
+        "deterministic": int(torch.are_deterministic_algorithms_enabled()),
         "processes": processes.count,
         "partition": json.dumps(partition.sizes),
     }
@@ -36,11 +40,18 @@ def machine_attributes(
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What numbers were computed by: versions by library, the source tree's commit or "", the device in words."""
+    """What numbers were computed by: versions by library, the source tree's commit or "", the device in words.
+
+    Attributes:
+        float32_matmul: what float32 matrix products round their factors to: "float32", or "tf32" on a GPU that was told so.
+        autocast: the type of torch.autocast in force here, or "none"; a loop's own passes may switch it on later.
+    """
 
     versions: dict[str, str]
     commit: str
     device: str
+    float32_matmul: str
+    autocast: str
 
 
 def environment(device: torch.device) -> Environment:
@@ -51,6 +62,16 @@ def environment(device: torch.device) -> Environment:
         versions={"python": platform.python_version(), **versions},
         commit=_git_commit(),
         device=f"{device} ({name}, {torch.get_num_threads()} threads)",
+        float32_matmul="tf32" if uses_tf32(device) else "float32",
+        autocast=_autocast(device.type),
+    )
+
+
+def _autocast(kind: str) -> str:
+    return (
+        str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+        if torch.is_autocast_enabled(kind)
+        else "none"
     )
 
 

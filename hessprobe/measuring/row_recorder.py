@@ -153,6 +153,7 @@ class ProbeRecorder:
             return self.fail(probe, snapshot.step, error, time.perf_counter() - start)
         seconds = time.perf_counter() - start
         row.update(seconds=seconds, peak_memory=peak_memory(device, processes))
+        reset_peak_memory(device)  # what training needs is not what this needed
         row.update({name: (checked or {}).get(name, nan) for name in CHECKED})
         self.writer.write(probe.name, snapshot.step, {name: as_array(value) for name, value in row.items()})
         return Measurement(probe=probe.name, step=snapshot.step, seconds=seconds, row=row)

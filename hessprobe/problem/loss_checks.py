@@ -13,10 +13,14 @@ def check_classes(name: str, targets: Tensor, ignore_index: int, classes: int | 
 
     It has to be asked before torch is: on a GPU a label out of range ends the process's use of it.
     """
-    kept = targets[targets != ignore_index]
-    if not kept.numel():
+    if not targets.numel():
         return
-    low, high = int(kept.min()), int(kept.max())
+    # Neither a shape that depends on the data nor more than one number read: a GPU would be waited for at each.
+    labels, ignored, limits = targets.long(), targets == ignore_index, torch.iinfo(torch.long)
+    ends = labels.masked_fill(ignored, limits.max).min(), labels.masked_fill(ignored, limits.min).max()
+    low, high = torch.stack(ends).tolist()
+    if low > high:  # all are ignored
+        return
     if low >= 0 and (classes is None or high < classes):
         return
     some = "classes that count from 0" if classes is None else f"{classes} classes, 0 to {classes - 1}"

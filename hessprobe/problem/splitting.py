@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hessprobe.machine.devices import uses_tf32
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.batches import Batch, pieces_of, tensors_of
 from hessprobe.problem.measuring import measuring
@@ -109,7 +110,7 @@ def same_outputs(expected: Tensor, came: Tensor, *, halved: bool = False) -> boo
     if torch.equal(expected, came):
         return True
     eps = torch.finfo(torch.bfloat16 if halved else expected.dtype).eps
-    if expected.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+    if uses_tf32(expected.device):
         eps = max(eps, 2.0**-11)
     return gap_of(expected, came) <= eps**0.6
 

@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from hessprobe.errors import UserError
+from hessprobe.machine.devices import uses_tf32
 
 NEAR = 0.02  # of the loss: what half precision may make of it at most
 SURE = 1 - 5e-5  # quantile of the interval that chance is given
@@ -94,8 +95,7 @@ class Losses:
     @property
     def rounding(self) -> float:
         """By how much two ways to compute this loss may differ: the mean's rounding, and the outputs'."""
-        tf32 = self.sums.is_cuda and torch.backends.cuda.matmul.allow_tf32
-        relative = 2e-3 if tf32 else max(self.eps**0.58, 1e-6)  # 1e-4 in float32
+        relative = 2e-3 if uses_tf32(self.sums.device) else max(self.eps**0.58, 1e-6)  # 1e-4 in float32
         return relative * abs(self.whole) + 30 * self.eps * self.largest
 
     def nearest(self, said: Trained) -> tuple[float, float]:

@@ -12,9 +12,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from hessprobe.errors import UserError
+from hessprobe.instruments.instrument import Instrument
 from hessprobe.instruments.registry import EVERY_RUN
 from hessprobe.pictures import matplotlib_pen
 from hessprobe.pictures.picture import Picture
+from hessprobe.reading.labelled import Labelled
 from hessprobe.reading.rows import sound_rows
 from hessprobe.report.asking import ask, readers
 from hessprobe.report.sections import pictures_of
@@ -50,26 +52,37 @@ def save_figures(
         training: whether figures on training alone are drawn too.
         groupings: what `study_groupings` said of its table, where it was asked before (it takes seconds).
     """
+    if step is not None:
+        _check_measured(run, step)
+    drawings = figures_of(run, step=step, training=training, groupings=groupings)
+    wanted = [each for each in readers([run]) if training or each.name != EVERY_RUN]
+    unrecorded = {
+        each.name: f"this run holds no table {each.name!r}; {each.recorded_with} records it"
+        for each in wanted
+        if each.name not in run.children
+    }
+    saved = save_drawings(drawings, folder, prefix=prefix)
+    return replace(saved, left_out=saved.left_out | unrecorded)
+
+
+def figures_of(
+    run: xr.DataTree, *, step: int | None = None, training: bool = True, groupings: Any = None
+) -> dict[str, Draw]:
+    """Returns what draws each figure of an opened run, by name; arguments as of `save_figures`."""
     asked = ask([run], upto=step)
     if groupings is not None and "cross_layer" in asked.runs:
         vars(asked.runs["cross_layer"][0].answers)["groupings"] = groupings
-    if step is not None:
-        _check_measured(run, step)
     drawings: dict[str, Draw] = {}
-    unrecorded: dict[str, str] = {}
     for each in readers([run]):
-        if each.name == EVERY_RUN and not training:
-            continue
-        answered = asked.recorded(each.name)
-        if answered is None:
-            unrecorded[each.name] = f"this run holds no table {each.name!r}; {each.recorded_with} records it"
-        else:
-            found = pictures_of(each, [answered])
-            drawings |= {
-                picture.name: partial(_draw, picture) for picture in found if picture.where != "page"
-            }
-    saved = save_drawings(drawings, folder, prefix=prefix)
-    return replace(saved, left_out=saved.left_out | unrecorded)
+        if each.name in run.children and (training or each.name != EVERY_RUN):
+            drawings |= drawings_of(each, asked.runs[each.name][0])
+    return drawings
+
+
+def drawings_of(instrument: Instrument, run: Labelled[Any]) -> dict[str, Draw]:
+    """Returns {file name: what draws it and returns it with its data} of an instrument's figures of one run."""
+    found = pictures_of(instrument, [run])
+    return {picture.name: partial(_draw, picture) for picture in found if picture.where != "page"}
 
 
 def _check_measured(run: xr.DataTree, step: int) -> None:

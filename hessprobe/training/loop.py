@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hessprobe.machine.devices import peak_memory
+from hessprobe.machine.devices import peak_memory, reset_peak_memory
 from hessprobe.machine.process_group import own_device
 from hessprobe.machine.processes import ALONE, Processes, together
 from hessprobe.measuring.loggers import check_loggers
@@ -229,6 +229,7 @@ class Run:
             held_out_loss=held_out_loss,
             peak_memory=peak_memory(self.device, self.processes),
         )
+        reset_peak_memory(self.device)  # the next step's is its own
         self.writer.write("train", step, row)
         self.scalars.trained(step, row)
         self.console.step(step, report, held_out_loss, name)

@@ -86,14 +86,6 @@ def bytes_alive(device: torch.device) -> float:
     return float(sum(stores.values()))
 
 
-def free_bytes(device: torch.device) -> float:
-    """Returns how many bytes a GPU has free, what torch keeps unused included; infinity on a CPU."""
-    if device.type != "cuda":
-        return float("inf")
-    free, _ = torch.cuda.mem_get_info(device)
-    return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-
-
 def forget(device: torch.device) -> None:
     """Gives back what torch keeps of a GPU's memory without using it."""
     gc.collect()

@@ -103,7 +103,7 @@ def test_the_command_line_trains_shows_reports_and_compares_with_it(tmp_path):
         )
         assert "weights: norm " in said and "±" in said
         assert "[weights]\nevery = 1\n" in (run / "recipe.toml").read_text()
-    assert "norm" in hessprobe(packages, "show", str(runs[0]), "weights")
+    assert "norm" in hessprobe(packages, "show", str(runs[0]))
     hessprobe(packages, "report", str(runs[0]), f"--figures={tmp_path / 'figures'}")
     page = (runs[0] / "report.html").read_text()
     assert '<section id="weights">' in page and 'data-chart="weights_block_norm"' in page

@@ -84,11 +84,11 @@ def test_any_bound_gives_the_same_kernels_without_fast_paths(how, memory):
     assert relative(setting.kernel(how, memory=memory), setting.truth()) < 1e-11
 
 
-def passes_of(setting: Setting, plan: Plan, memory: int) -> tuple[int, float]:
+def passes_of(setting: Setting, plan: Plan, memory: int, **options: int) -> tuple[int, float]:
     """Returns how often the first micro-batch ran forward under a bound, and the gradients that were counted."""
     calls: list[int] = []
     handle = setting.model.register_forward_hook(lambda *_: calls.append(1))
-    gathered = stream.Stream(setting.objective, setting.partition, plan, theta=None, memory=memory)
+    gathered = stream.Stream(setting.objective, setting.partition, plan, theta=None, memory=memory, **options)
     gathered.run(
         setting.objective.counted(list(setting.batches)), len(setting.cotangents.drawn[0]), setting.cotangents
     )
@@ -354,3 +354,25 @@ def test_parts_cover_each_micro_batch_in_order():
             assert torch.equal(torch.cat([part.batch[0] for part in mine]), batch[0])
             assert [part.start for part in mine] == [0, *[part.stop for part in mine[:-1]]]
             assert max(part.stop - part.start for part in mine) <= -(-5 // times)
+
+
+def test_main_memory_takes_the_excess_up_to_its_own_bound(monkeypatch):
+    """As from a GPU: what is put by is counted, and its bound holds whatever the passes would hold."""
+    setting = Setting(tiny(layers=3), text((4, 6), (4, 6)), rounds=2)
+    plan, put = setting.plan(), []
+
+    def noted(tensor: Tensor) -> Tensor:
+        put.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(stream, "put_by", noted)
+    truth = setting.truth()
+    everything = setting.kernel(plan, memory=0, host_memory=2**31)
+    assert put and relative(everything, truth) < 1e-11
+    once = sum(put)
+    put.clear()
+    bound = once // 3
+    assert relative(setting.kernel(plan, memory=0, host_memory=bound), truth) < 1e-11
+    assert sum(put) > bound  # over several sweeps, none of which holds more
+    assert passes_of(setting, plan, 0, host_memory=2**31)[0] == 1
+    assert 1 < passes_of(setting, plan, 0, host_memory=bound)[0] < len(plan.taps)

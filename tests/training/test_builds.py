@@ -151,6 +151,7 @@ def test_a_log_says_where_its_numbers_come_from(tmp_path):
     assert list(json.loads(found["partition"])) == ["embedding", "block.0", "head"]
     assert found["created"].endswith("+00:00") and found["device"].startswith("cpu")
     assert {"git_commit", "schema_version"} <= set(found)
+    assert (found["float32_matmul"], found["autocast"], found["deterministic"]) == ("float32", "none", 0)
 
 
 def test_a_training_row_is_what_its_table_declares():

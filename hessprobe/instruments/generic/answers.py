@@ -9,14 +9,12 @@ from functools import cached_property
 import numpy as np
 import xarray as xr
 
+from hessprobe.instruments.generic.headline import OF_EVERY_ROW
 from hessprobe.instruments.instrument import STDERR
-from hessprobe.instruments.row_variables import CHECK_VARIABLES, MEASUREMENT_VARIABLES
 from hessprobe.reading.rows import sound_rows
 from hessprobe.reading.wording import basis
-from hessprobe.schema.table import RECORDED, STEP
 
-# What every instrument's rows hold; the page's section on costs and its findings on symmetry speak of them.
-_OF_EVERY_ROW = {variable.name for variable in (*MEASUREMENT_VARIABLES, *CHECK_VARIABLES)} | {RECORDED}
+STEP = "step"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +76,7 @@ class StoredScalars:
         for name in map(str, self.table.data_vars):
             variable = self.table[name]
             numbers = variable.dtype.kind in "fiu" and variable.dims[:1] == (STEP,)
-            if not numbers or variable.ndim != 1 + dims or name in _OF_EVERY_ROW or name.endswith(STDERR):
+            if not numbers or variable.ndim != 1 + dims or name in OF_EVERY_ROW or name.endswith(STDERR):
                 continue
             rows = sound_rows(self.table, name)
             if rows.sizes[STEP] == 0:

@@ -7,9 +7,11 @@ from typing import Any
 
 from hessprobe.instruments.instrument import STDERR
 from hessprobe.instruments.row_variables import CHECK_VARIABLES, MEASUREMENT_VARIABLES
+from hessprobe.schema.table import RECORDED
 
 NUMBERS_SAID = 3
-_OF_EVERY_ROW = {variable.name for variable in (*MEASUREMENT_VARIABLES, *CHECK_VARIABLES)}
+# What every instrument's rows hold: the page's section on costs and its findings on symmetry speak of them.
+OF_EVERY_ROW = {variable.name for variable in (*MEASUREMENT_VARIABLES, *CHECK_VARIABLES)} | {RECORDED}
 
 
 def scalars(row: Mapping[str, Any]) -> str:
@@ -19,7 +21,7 @@ def scalars(row: Mapping[str, Any]) -> str:
         for name, value in row.items()
         if getattr(value, "ndim", 0) == 0 and not isinstance(value, str | bytes)
     }
-    names = [name for name in single if name not in _OF_EVERY_ROW and not name.endswith(STDERR)]
+    names = [name for name in single if name not in OF_EVERY_ROW and not name.endswith(STDERR)]
     said = []
     for name in names[:NUMBERS_SAID]:
         error = f" ± {single[name + STDERR]:.2g}" if name + STDERR in single else ""

@@ -6,6 +6,7 @@ Shapes are counted on torch's meta device, which holds no numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -20,6 +21,9 @@ from hessprobe.problem.splitting import sequences_at_once
 from hessprobe.recipe import OptimizerRecipe
 from hessprobe.training.optimizers import gauss_newton_settings
 
+# Operations a second that an accelerator makes of float32 products: 60 % of an H100's 67 TFLOP/s. TF32 is several times
+# faster, and not what torch computes in unless it is told to.
+GPU_SPEED = 40e12
 FLOAT = 4  # bytes; everything is float32
 TOKEN = 16  # bytes: as an input and as a target
 GIB = 2**30
@@ -70,6 +74,18 @@ def cost(recipe: OptimizerRecipe, model: Decoder, partition: Partition) -> float
     return solving + (cost_of.line_search(recipe.step_sizes) + 1) * recipe.searched
 
 
+def seconds(gradients: float, sequences: int, config: DecoderConfig) -> float:
+    """Returns how long gradients of so many sequences take at GPU_SPEED.
+
+    A multiply-add is two operations, and a token takes one for every weight of a matrix, forward and twice back; attention
+    adds two products of t x d a token and layer.
+    """
+    matrices = config.layers * (4 * config.width**2 + 2 * config.width * config.feedforward)
+    attention = 2 * config.layers * config.width * config.context
+    token = 6 * (matrices + config.width * config.vocabulary + attention)
+    return gradients * sequences * config.context * token / GPU_SPEED
+
+
 def memory(recipe: OptimizerRecipe, model: Decoder, partition: Partition) -> Memory:
     """Returns an estimate of the memory that training needs, in bytes."""
     size = partition.size * FLOAT
@@ -110,6 +126,7 @@ def said_bytes(size: float) -> str:
     return f"{size / GIB:,.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:,.1f} MiB"
 
 
+@cache
 def _saved_bytes(config: DecoderConfig) -> int:
     """Returns what a forward pass over one sequence keeps for its reverse, attention weights included."""
     model, sizes = Decoder(replace(config, attention="math"), generator=None), {}

@@ -122,7 +122,7 @@ def _memory(recipe: Recipe, probe: Probe, model: Decoder, partition: Partition) 
     vectors = probe.vectors(partition)
     one, section = max(pass_memory(model.config, probe.unit_sequences).values()), getattr(recipe, probe.name)
     # Vectors go through the model together as far as the probe's bound allows; layer kernels need no such products.
-    bound = (section.memory_mib or 0) * 2**20 or DEFAULT_MEMORY
+    bound = (getattr(section, "memory_mib", None) or 0) * 2**20 or DEFAULT_MEMORY
     together = 0.0 if getattr(section, "uses_kernels", False) else min(bound, vectors * one)
     return vectors * FLOAT * partition.size + one + together
 

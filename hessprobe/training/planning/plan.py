@@ -14,7 +14,7 @@ from hessprobe.recipe import OptimizerRecipe, Recipe
 from hessprobe.recipe.runs import variant_run, warm_up_run
 from hessprobe.training.builds import decoder_config
 from hessprobe.training.optimizers import learning_rate
-from hessprobe.training.planning.estimate import cost, memory, said_bytes
+from hessprobe.training.planning.estimate import GPU_SPEED, cost, memory, said_bytes, seconds
 from hessprobe.training.planning.measuring_plan import measuring_lines, probe_plans
 
 GPU = 80e9  # bytes, of the accelerator that the advice is about
@@ -39,9 +39,39 @@ def plan(recipe: Recipe, seeds: int | None = None) -> str:
     if recipe.study is None:
         lines += [*_of_run(recipe, model, partition), *_of_memory(recipe.optimizer, model, partition)]
         lines += _of_probes(recipe, model, partition)
+        lines += [_of_time(run_seconds(recipe, model, partition))]
         lines += [f"seeds     {seeds} runs of it"] if seeds else []
         return "\n".join(lines)
     return "\n".join([*lines, *_of_study(recipe, seeds or recipe.study.seeds, model, partition)])
+
+
+def run_seconds(recipe: Recipe, model: Decoder, partition: Partition) -> float:
+    """Returns how long a run's training and measuring take by operation count, at GPU_SPEED."""
+    optimizer, steps = recipe.optimizer, recipe.training.steps
+    warmup = min(optimizer.warmup_steps, steps)
+    gradients = (steps - warmup) * cost(optimizer, model, partition) + warmup * optimizer.minibatches
+    gradients += sum(probe.gradients for probe in probe_plans(recipe, model, partition))
+    return seconds(gradients, optimizer.sequences, model.config)
+
+
+def study_seconds(recipe: Recipe, seeds: int) -> float:
+    """Returns how long all of a study's runs take by operation count, at GPU_SPEED, each to its last step."""
+    study = recipe.study
+    assert study is not None
+    runs = [(warm_up_run(recipe, recipe.seed), seeds)] if study.warm_up_steps else []
+    for variant in study.variants:
+        run = variant_run(recipe, variant, variant.learning_rates[0], recipe.seed, None)
+        runs.append((run, len(variant.learning_rates) + seeds - 1))
+    total = 0.0
+    for run, times in runs:
+        model = Decoder(decoder_config(run), generator=None)
+        total += times * run_seconds(run, model, Partition.of(model, run.partition))
+    return total
+
+
+def _of_time(spent: float) -> str:
+    said = f"{spent / 3600:,.1f} h" if spent >= 7200 else f"{spent / 60:.1f} min"
+    return f"time      about {said} by operation count on a GPU that makes {GPU_SPEED / 1e12:.0f} TFLOP/s in float32 (H100)"
 
 
 def _of_run(recipe: Recipe, model: Decoder, partition: Partition) -> Iterator[str]:
@@ -117,6 +147,7 @@ def _of_study(recipe: Recipe, seeds: int, model: Decoder, partition: Partition) 
         parts = run, own, Partition.of(own, run.partition)
         lines = *_of_run(*parts), *_of_probes(*parts)
         yield from _indented(f"{variant.name}, learning rates {rates}", lines)
+    yield from ("", _of_time(study_seconds(recipe, seeds)))
 
 
 def _indented(title: str, lines: Iterable[str]) -> Iterator[str]:

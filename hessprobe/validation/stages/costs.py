@@ -18,13 +18,14 @@ from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
 from hessprobe.kernels.layer_kernels import layer_kernels
 from hessprobe.kernels.verification import verified_plan
+from hessprobe.machine.devices import free_memory
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.problem.measuring import measuring
 from hessprobe.validation.figures import Figure, failure, measured, skipped
 from hessprobe.validation.modes import BFLOAT16, matmuls, precisions
 from hessprobe.validation.problems import LENGTHS, POSITIONS, SIZES, Problem, named, study_config
 from hessprobe.validation.runner import Bench
-from hessprobe.validation.timing import Call, forget, free_bytes, peak_growth, seconds_of
+from hessprobe.validation.timing import Call, forget, peak_growth, seconds_of
 
 ROUNDS, MANY = {False: 5, True: 2}, 4  # fewer where sizes are shrunken
 # A call takes at most so many gradients, so a setting's rounds can be told to fit before they are begun.
@@ -73,7 +74,7 @@ def _setting(bench: Bench, size: str, length: int, precision: str, words: str) -
             return
         yield measured(f"{words}: one gradient, {sequences} sequences", 1e3 * unit, "ms")
         weights = 4 * sequences * config.heads * length**2 * config.layers * COPIES_OF_WEIGHTS
-        found = contenders(problem, precision, peers=weights < free_bytes(bench.device))
+        found = contenders(problem, precision, peers=weights < free_memory(bench.device))
         yield from _compared(bench, found, words, unit)
 
 

@@ -17,10 +17,13 @@ from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.recipe import OPTIMIZERS, OptimizerRecipe, build_recipe, read_recipe, shipped_recipes
 from hessprobe.text import corpus, hub_corpus
+from hessprobe.training.builds import decoder_config
 from hessprobe.training.loop import train
 from hessprobe.training.optimizers import build_optimizer
-from hessprobe.training.planning.estimate import _saved_bytes, cost, memory
-from hessprobe.training.planning.plan import plan
+from hessprobe.training.planning.estimate import GPU_SPEED, _saved_bytes, cost, memory, seconds
+from hessprobe.training.planning.measuring_plan import plan_measuring
+from hessprobe.training.planning.plan import plan, run_seconds, study_seconds
+from hessprobe.training.study import run_study
 from tests.training.runs import tables, text_file
 
 PAPER = {
@@ -89,6 +92,36 @@ def test_a_study_lists_its_runs():
     for variant in study.variants:
         assert f"\n{variant.name}, learning rates" in text
     assert "at 5 seeds" in plan(build_recipe(read_recipe("iteration_complexity")), seeds=5)
+
+
+def test_the_short_study_fits_eight_minutes_of_one_gpu():
+    recipe = build_recipe(read_recipe("paper_45m_short"))
+    text = plan(recipe)
+    assert recipe.study is not None and "does not fit" not in text
+    assert [v.name for v in recipe.study.variants] == ["full_gn", "layerwise_gn", "adamw", "soap", "muon"]
+    assert recipe.data == build_recipe(read_recipe("paper_45m")).data and "45,363,712" in text
+    spent = study_seconds(recipe, 1)
+    # Reading, judging on held-out text and starting six times are not counted.
+    assert 120 < spent < 0.7 * 480 and f"about {spent / 60:.1f} min" in text
+
+
+def test_one_outer_step_of_the_large_model_fits_a_gpu_and_a_minute():
+    recipe = build_recipe(read_recipe("paper_150m_short"))
+    text = plan(recipe)
+    assert "134,142,720" in text and "does not fit" not in text
+    assert recipe.training.steps - recipe.optimizer.warmup_steps == 1
+    model = Decoder(decoder_config(recipe), generator=None)
+    assert run_seconds(recipe, model, Partition.of(model)) < 60
+    assert all(probe.memory < 80e9 for probe in plan_measuring(recipe))
+
+
+def test_a_gradients_seconds_are_six_operations_a_token_and_weight():
+    model, partition = problem(context=1)
+    embedding = model.embedding.weight.numel()
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    attention = 2 * 2 * 16  # of each token to itself
+    expected = 6 * (partition.size - embedding - norms + attention)
+    assert seconds(10, 3, model.config) * GPU_SPEED == pytest.approx(30 * expected)
 
 
 def test_what_does_not_fit_a_gpu_says_how_it_would():
@@ -211,21 +244,54 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tokenizer.json"
 
 
+def tiny_settings(folder: Path, tokenizer: Path) -> list[str]:
+    """Returns what makes a recipe of the paper's small, on words of a file."""
+    return [
+        f"data.source={text_file(folder)}", f"data.tokenizer={tokenizer}", "data.held_out_sequences=4",
+        "model.layers=1", "model.width=8", "model.feedforward=8", "model.heads=2", "model.vocabulary=32",
+        "model.context=8", "optimizer.sequences=2", "optimizer.batch=4", "training.threads=1",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["full_gn", "layerwise_gn", "soap", "muon"])
 @pytest.mark.parametrize("name", PAPER)
 def test_three_steps_of_a_shrunken_copy(tmp_path, small_tokenizer, name, method):
-    shrunken = build_recipe(read_recipe(name), [
-        f"data.source={text_file(tmp_path)}", f"data.tokenizer={small_tokenizer}", "data.held_out_sequences=4",
-        "model.layers=1", "model.width=8", "model.feedforward=8", "model.heads=2", "model.vocabulary=32",
-        "model.context=8", "optimizer.sequences=2", "optimizer.batch=4", "training.steps=3",
-        "optimizer.warmup_steps=1", "training.threads=1", f"optimizer.name={method}",
-    ])  # fmt: skip
+    own = ["training.steps=3", "optimizer.warmup_steps=1", f"optimizer.name={method}"]
+    shrunken = build_recipe(read_recipe(name), [*tiny_settings(tmp_path, small_tokenizer), *own])
     train(shrunken, tmp_path / "run")
     table = tables(tmp_path / "run")["train"]
     assert table.step.values.tolist() == [0, 1, 2]
     assert np.isfinite(table.held_out_loss.values).all()
     assert table.tokens.values.tolist() == [32, 64, 96]
     assert (table.line_search_tokens.values[-1] > 0) == method.endswith("_gn")
+
+
+def test_every_variant_of_a_shrunken_study_trains_and_measures(tmp_path, small_tokenizer):
+    settings = [
+        *tiny_settings(tmp_path, small_tokenizer), "training.steps=1", "study.warm_up_steps=1", "study.target_loss=0.1",
+        "optimizer.line_search_minibatches=1", "preconditioner.cg_iterations=2", "preconditioner.curvature_sequences=[2]",
+        "preconditioner.held_out_sequences=4",
+        "preconditioner.candidates=['update', 'full_gn']", "cross_layer.sequences=4", "cross_layer.max_rounds=1",
+    ]  # fmt: skip
+    recipe = build_recipe(read_recipe("paper_45m_short"), settings)
+    assert recipe.study is not None
+    ends = run_study(recipe, tmp_path / "runs")
+    assert [end.name for end in ends] == [variant.name for variant in recipe.study.variants]
+    for variant in recipe.study.variants:
+        (found,) = (tmp_path / "runs" / variant.name).glob("learning_rate-*/seed-0")
+        written = tables(found)
+        assert np.isfinite(written["train"].held_out_loss.values).all()
+        for name in ("cross_layer", "preconditioner"):
+            assert written[name].recorded.values.any() and not written[name].failure.values.any()
+
+
+def test_a_shrunken_copy_of_one_outer_step_trains_and_measures(tmp_path, small_tokenizer):
+    recipe = build_recipe(read_recipe("paper_150m_short"), tiny_settings(tmp_path, small_tokenizer))
+    train(recipe, tmp_path / "run")
+    written = tables(tmp_path / "run")
+    assert np.isfinite(written["train"].held_out_loss.values).all()
+    assert np.isfinite(written["cross_layer"].loss.values).any()
+    assert (written["train"].peak_memory.values > 0).all()
 
 
 @pytest.mark.processes

@@ -17,7 +17,6 @@ from hessprobe.curvature import cost
 from hessprobe.curvature.along import curvature_along
 from hessprobe.curvature.gauss_newton import GaussNewton
 from hessprobe.curvature.hessian import Hessian
-from hessprobe.curvature.model_operator import DEFAULT_MEMORY as PRODUCTS_MEMORY
 from hessprobe.curvature.operator import CurvatureOperator
 from hessprobe.errors import UserError
 from hessprobe.estimation.block_norms import (
@@ -32,7 +31,6 @@ from hessprobe.instruments.cross_layer.table import DIRECTIONS, cross_layer_tabl
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
 from hessprobe.kernels.layer_kernels import LayerKernels, layer_kernels
 from hessprobe.kernels.plan import Plan
-from hessprobe.kernels.stream import DEFAULT_MEMORY as KERNELS_MEMORY
 from hessprobe.kernels.verification import verified_plan
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.shares import is_sharded
@@ -52,7 +50,7 @@ class CrossLayerProbe(Probe):
         self.sequences = recipe.sequences
         self._plan: Plan | None = None
         self._division = 1
-        self._memory = (recipe.memory_mib or 0) * 2**20
+        self._memory = recipe.memory_mib and recipe.memory_mib * 2**20
 
     @property
     def works_sharded(self) -> bool:
@@ -162,7 +160,7 @@ class CrossLayerProbe(Probe):
                 along=directions,
                 plan=self._plan,
                 division=self._division,
-                memory=self._memory or KERNELS_MEMORY,
+                memory=self._memory,
             )
             self._division, spent = found.division, spent + found.gradients
             coupling = found.coupling(self.recipe.quantity)
@@ -229,7 +227,7 @@ class CrossLayerProbe(Probe):
             snapshot.micro_batches,
             snapshot.partition,
             parameters=snapshot.parameters,
-            memory=self._memory or PRODUCTS_MEMORY,
+            memory=self._memory,
             engine="exact",  # a row says nothing of one that has errors of its own
         )
 

@@ -32,6 +32,7 @@ from hessprobe.instruments.gn_hessian.table import (
     gn_hessian_table,
 )
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
+from hessprobe.machine.devices import working_memory
 from hessprobe.optimization.conjugate_gradient import Solution, conjugate_gradient
 from hessprobe.optimization.model_ladder import model_ladder
 from hessprobe.problem.partition import Partition
@@ -125,9 +126,11 @@ class GNHessianProbe(Probe):
     def _operators(self, snapshot: Snapshot) -> tuple[GaussNewton, Hessian, Residual]:
         """Returns the three matrices, each with the graph it takes its many products from."""
         at = snapshot.objective, snapshot.micro_batches, snapshot.partition
+        stated, device = self.recipe.memory_mib, snapshot.parameters.device
+        memory = self._memory if stated else working_memory(device, DEFAULT_MEMORY)
         # A row says nothing of an engine that has errors of its own.
-        given: dict[str, Any] = {"parameters": snapshot.parameters, "memory": self._memory, "engine": "exact"}
-        each, compare = self._memory // len(MATRICES), not self._compared
+        given: dict[str, Any] = {"parameters": snapshot.parameters, "memory": memory, "engine": "exact"}
+        each, compare = memory // len(MATRICES), not self._compared
         return (
             GaussNewton(*at, **given).linearised(each),
             Hessian(*at, **given).linearised(each, compare=compare),

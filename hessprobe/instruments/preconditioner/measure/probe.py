@@ -20,6 +20,7 @@ from hessprobe.instruments.preconditioner.measure.site import Site
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.preconditioner.table import LAYERWISE, preconditioner_table
 from hessprobe.instruments.snapshot import Probe, Row, Snapshot
+from hessprobe.machine.devices import working_memory
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.partition import Partition
 from hessprobe.schema.table import Table
@@ -58,7 +59,6 @@ class PreconditionerProbe(Probe):
         self.sequences = recipe.sequences
         self.candidates = Candidates(recipe, candidates)
         self._said_shrunk = False
-        self._memory = (recipe.memory_mib or 0) * 2**20 or DEFAULT_MEMORY
 
     @property
     def unit_sequences(self) -> int:
@@ -128,7 +128,9 @@ class PreconditionerProbe(Probe):
         return len(recipe.dampings) * (solves + 3) + 14 + 2 * recipe.condition_steps
 
     def _site(self, snapshot: Snapshot, batches: MicroBatches, folds: int = 1) -> Site:
-        return Site(snapshot, batches, self.recipe, folds=folds, memory=self._memory)
+        stated, device = self.recipe.memory_mib, snapshot.parameters.device
+        memory = stated * 2**20 if stated else working_memory(device, DEFAULT_MEMORY)
+        return Site(snapshot, batches, self.recipe, folds=folds, memory=memory)
 
     def _candidate(self, name: str, site: Site, row: PreconditionerRow) -> None:
         """Fills one candidate's cells at a site, or says why it cannot."""
