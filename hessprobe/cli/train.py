@@ -11,7 +11,9 @@ import typer
 from hessprobe.cli.pages import say_written
 from hessprobe.cli.run_folders import free_folder, latest_run, stored_recipe
 from hessprobe.errors import UserError
+from hessprobe.schema.optimizers import ENTRIES
 
+*_BASELINES, _LAST = ENTRIES
 if TYPE_CHECKING:
     from hessprobe.machine.processes import Processes
     from hessprobe.recipe import Recipe
@@ -33,7 +35,7 @@ def train(
     optimizer: Annotated[
         str | None,
         typer.Option(
-            help="full_gn, layerwise_gn, prox_linear, adamw, muon, soap, shampoo, sophia or kfac.",
+            help=f"full_gn, layerwise_gn, prox_linear, {', '.join(_BASELINES)} or {_LAST}.",
             show_default=False,
         ),
     ] = None,

@@ -11,17 +11,13 @@ import xarray as xr
 
 from hessprobe.comparison.runs import ComparedRun
 from hessprobe.reading.statistics import NO_RATIO, Ratio, ratio
+from hessprobe.schema.optimizers import ENTRIES
 
 METHODS = {
     "full_gn": "full GN",
     "layerwise_gn": "layerwise GN",
     "prox_linear": "prox-linear GN",
-    "adamw": "AdamW",
-    "muon": "Muon",
-    "soap": "SOAP",
-    "shampoo": "Shampoo",
-    "sophia": "Sophia",
-    "kfac": "K-FAC",
+    **{name: entry.label for name, entry in ENTRIES.items()},
 }
 _BATCH = tuple(f"optimizer.{key}" for key in ("minibatches", "sequences", "batch", "line_search_minibatches"))
 _OF_RATIO = {"ratio": "value", "ratio_stderr": "stderr", "ratio_low": "low", "ratio_high": "high"}

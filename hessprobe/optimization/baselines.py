@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hessprobe.curvature.diagonal import sampled_diagonal
+from hessprobe.curvature.kronecker_factors import KINDS
 from hessprobe.errors import RunFailed, UserError, unknown_name
 from hessprobe.machine.processes import ProcessLost, together
 from hessprobe.machine.seeds import generator_of
@@ -19,9 +20,10 @@ from hessprobe.optimization.schedule import learning_rate_factor
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.schema.optimizers import ENTRIES
 
-BASELINES = (*SOLVERS, "kfac", "ekfac")
-BASELINE_REFRESH = {**REFRESH, "kfac": 1, "ekfac": 1}
+BASELINES = (*SOLVERS, *KINDS)
+BASELINE_REFRESH = {**REFRESH, **dict.fromkeys(KINDS, ENTRIES["kfac"].refresh or 1)}
 
 
 class FirstOrderOptimizer:
@@ -30,8 +32,8 @@ class FirstOrderOptimizer:
     Args:
         objective: model and loss; `step` moves the model's parameters in place.
         partition: which parameters move.
-        solver: "adamw", "muon", "soap", "shampoo" or "sophia" (see FirstOrder: SOAP's first step only builds its basis),
-            or "kfac" or "ekfac" (see KFAC: learning rate 1 is its natural step).
+        solver: one of SOLVERS (see FirstOrder: SOAP's first step only builds its basis), or "kfac" or "ekfac" (see KFAC:
+            learning rate 1 is its natural step).
         learning_rate, clip, weight_decay: as in torch.optim.
         schedule: "global-cosine" or "constant".
         outer_steps: the length of the run, for the cosine.
@@ -170,7 +172,7 @@ class FirstOrderOptimizer:
             cost = self.solver.refresh(sampled, self._generator(gradient.device)) if due else 0.0
             norm = self.solver.step(gradients, rate, self.clip)
         else:
-            if due and self.solver.solver == "sophia":
+            if due and ENTRIES[self.solver.solver].estimate:
                 generator = self._generator(gradient.device)
                 estimate = sampled_diagonal(self.objective, sampled, self.partition, generator=generator)
                 diagonal, cost = self.partition.unflatten(estimate), float(len(sampled))

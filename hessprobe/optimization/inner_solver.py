@@ -6,27 +6,22 @@ vectors: Muon as in the reference study, SOAP and Shampoo alike. AdamW and Sophi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.problem.partition import inner_parameters, unwrapped
+from hessprobe.schema.optimizers import ENTRIES, INNER_ORDER
 
-if TYPE_CHECKING:  # pytorch_optimizer takes as long to import as torch: only who asks for it pays
-    from pytorch_optimizer import ScalableShampoo, SophiaH
-
-INNER_SOLVERS = ("muon", "adamw", "soap", "shampoo")  # from gradients alone
-SOLVERS = (*INNER_SOLVERS, "sophia")  # sophia wants estimates of diag(G) too
-REFRESH = {"soap": 1, "shampoo": 1, "sophia": 10}  # default steps between two preconditioners
-LARGEST = (
-    10_000  # matrices with a longer side are preconditioned from the other side alone (SOAP) or not (Shampoo)
-)
-SOPHIA_SCALE = 0.05  # gamma of Liu et al. 2023 for the sampled-label estimate (Sophia-G)
-SHAMPOO_MOMENTUM = 0.95
-_NEVER = 2**62
+# K-FAC, which needs layers, is not built from parameters alone.
+SOLVERS = tuple(name for name in INNER_ORDER if ENTRIES[name].builds)
+INNER_SOLVERS = tuple(name for name in SOLVERS if not ENTRIES[name].estimate)  # from gradients alone
+# Default steps between two preconditioners.
+REFRESH = {name: every for name in SOLVERS if (every := ENTRIES[name].refresh) is not None}
 
 
 def hidden_matrices(model: nn.Module) -> tuple[str, ...]:
@@ -77,7 +72,7 @@ class FirstOrder:
         solver: one of SOLVERS.
         parameters: by name; updated in place.
         hidden: names of the matrices that a matrix method takes; AdamW takes the rest.
-        betas, momentum, weight_decay: of AdamW, of Muon, and of all (decoupled: times the learning rate).
+        weight_decay: of all (decoupled: times the learning rate).
         refresh: steps between two preconditioners (default: 1); sophia's is the caller's affair.
 
     Raises:
@@ -90,8 +85,6 @@ class FirstOrder:
         parameters: Mapping[str, Tensor],
         hidden: Sequence[str],
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        momentum: float = 0.95,
         weight_decay: float = 0.0,
         refresh: int | None = None,
     ) -> None:
@@ -99,17 +92,19 @@ class FirstOrder:
             raise unknown_name("inner solver", solver, SOLVERS)
         self.solver = solver
         self.parameters = dict(parameters)
-        self.weight_decay = weight_decay
         self.refresh = refresh_of(solver, refresh, REFRESH)
-        elementwise = {"adamw": (), "sophia": tuple(parameters)}
-        taken = elementwise.get(solver, tuple(n for n in parameters if n in hidden))
-        matrices = [p for n, p in parameters.items() if n in taken]
-        rest = [p for n, p in parameters.items() if n not in taken]
+        entry = ENTRIES[solver]
+        own = [p for n, p in parameters.items() if entry.elementwise or n in hidden]
+        rest = [p for n, p in parameters.items() if not entry.elementwise and n not in hidden]
+        # Estimates come to it when the caller's count says so.
+        given = {} if entry.refresh is None or entry.estimate else {"refresh": self.refresh}
         self.optimizers: list[torch.optim.Optimizer] = []
-        if matrices:
-            self.optimizers.append(_build(solver, matrices, momentum, weight_decay, self.refresh))
+        if own:
+            module, _, function = entry.builds.partition(":")
+            build = getattr(import_module(module), function)
+            self.optimizers.append(build(own, lr=0.0, weight_decay=weight_decay, **given))
         if rest:
-            self.optimizers.append(torch.optim.AdamW(rest, lr=0.0, betas=betas, weight_decay=weight_decay))
+            self.optimizers.append(torch.optim.AdamW(rest, lr=0.0, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(
@@ -129,135 +124,30 @@ class FirstOrder:
         Raises:
             UserError: sophia's first step without an estimate.
         """
+        estimated: Any = self.optimizers[0] if ENTRIES[self.solver].estimate else None
+        if estimated is not None and diagonal is None and not estimated.state:
+            raise UserError(
+                f"{self.solver} needs an estimate of diag(G) at its first step, got none: pass diagonal=; as an inner "
+                f"solver of Gauss-Newton choose one of {', '.join(INNER_SOLVERS)}"
+            )
         norm, scale = norm_and_scale(gradients, clip)
         for name, gradient in gradients.items():
             self.parameters[name].grad = gradient * scale if scale < 1.0 else gradient
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            if self._is_own(optimizer, "shampoo"):
-                self._shampoo_step(cast("ScalableShampoo", optimizer), learning_rate)
-            elif self._is_own(optimizer, "sophia"):
-                self._sophia_step(cast("SophiaH", optimizer), learning_rate, diagonal)
+            if optimizer is estimated:
+                estimated.step(hessian=None if diagonal is None else [diagonal[n] for n in self.parameters])
             else:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _is_own(self, optimizer: torch.optim.Optimizer, solver: str) -> bool:
-        return self.solver == solver and not isinstance(optimizer, torch.optim.AdamW)
-
-    def _shampoo_step(self, optimizer: ScalableShampoo, learning_rate: float) -> None:
-        (group,) = optimizer.param_groups
-        taken = group.get("step", 0)
-        # Its mean of updates starts at zero and grows for some 20 steps; its counter would leave the first
-        # `refresh` - 1 steps without factors.
-        unbiased = 1 - SHAMPOO_MOMENTUM ** (taken + 1)
-        group["lr"], group["weight_decay"] = learning_rate / unbiased, self.weight_decay * unbiased
-        optimizer.preconditioning_compute_steps = 1 if taken % self.refresh == 0 else _NEVER
-        device = next(iter(self.parameters.values())).device
-        # The inverse root starts from a draw of torch's global generator: lend it one, and put the user's back.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(taken)  # noqa: TID251
-            optimizer.step()
-
-    def _sophia_step(
-        self, optimizer: SophiaH, learning_rate: float, diagonal: Mapping[str, Tensor] | None
-    ) -> None:
-        (group,) = optimizer.param_groups
-        if diagonal is None and not group.get("step", 0):
-            optimizer.zero_grad(set_to_none=True)
-            raise UserError(
-                "sophia needs an estimate of diag(G) at its first step, got none: pass diagonal=; as an inner solver "
-                f"of Gauss-Newton choose one of {', '.join(INNER_SOLVERS)}"
-            )
-        # The library clips m / h at p = gamma where the paper clips m / (gamma h) at 1: the same up to the factor
-        # gamma, which its learning rate then has to make good, and its decay must not.
-        group["lr"] = learning_rate / SOPHIA_SCALE
-        optimizer.step(hessian=None if diagonal is None else [diagonal[name] for name in self.parameters])
-        for state in optimizer.state.values():
-            state.pop("hessian", None)  # the estimate as it came: used up, and as large as the model
-
     def state_dict(self) -> list[dict[str, Any]]:
         """Returns the optimizers' states as tensors and numbers, for a checkpoint."""
-        return [_with_states(optimizer.state_dict(), _as_tensors) for optimizer in self.optimizers]
+        return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Puts back what `state_dict` gave."""
         for optimizer, saved in zip(self.optimizers, state, strict=True):
-            if self._is_own(optimizer, "shampoo"):
-                _load_shampoo(cast("ScalableShampoo", optimizer), saved)
-            else:
-                optimizer.load_state_dict(saved)
-
-
-def _build(
-    solver: str, parameters: list[Tensor], momentum: float, decay: float, refresh: int
-) -> torch.optim.Optimizer:
-    if solver == "muon":
-        return torch.optim.Muon(parameters, lr=0.0, momentum=momentum, weight_decay=decay)
-    from pytorch_optimizer import SOAP, ScalableShampoo, SophiaH
-    from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
-
-    if solver == "soap":
-        return SOAP(
-            parameters,
-            lr=0.0,
-            betas=(0.95, 0.95),
-            weight_decay=decay,
-            precondition_frequency=refresh,
-            max_precondition_dim=LARGEST,
-        )
-    if solver == "sophia":
-        # It would estimate the Hessian itself, from the global generator, were its period ever over.
-        return SophiaH(
-            parameters, lr=0.0, betas=(0.96, 0.99), p=SOPHIA_SCALE, weight_decay=decay * SOPHIA_SCALE,
-            update_period=_NEVER,
-        )  # fmt: skip
-    return ScalableShampoo(
-        parameters,
-        lr=0.0,
-        betas=(SHAMPOO_MOMENTUM, 0.95),
-        moving_average_for_momentum=True,
-        nesterov=False,
-        decoupled_weight_decay=True,
-        start_preconditioning_step=1,
-        block_size=LARGEST,
-        no_preconditioning_for_layers_with_dim_gt=LARGEST,
-        shape_interpretation=False,  # it would flatten a small matrix to a vector, and not precondition it
-        graft_type=LayerWiseGrafting.SQRTN,
-    )
-
-
-def _with_states(saved: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    states = {key: {n: change(value) for n, value in state.items()} for key, state in saved["state"].items()}
-    return {**saved, "state": states}
-
-
-def _as_tensors(value: Any) -> Any:
-    """Returns the tensors of one of Shampoo's own objects by attribute; anything else as it is."""
-    if value is None or isinstance(value, (Tensor, int, float, list)):
-        return value
-    return {
-        name: held
-        for name, held in vars(value).items()
-        if isinstance(held, Tensor) or (isinstance(held, list) and held and isinstance(held[0], Tensor))
-    }
-
-
-def _load_shampoo(optimizer: ScalableShampoo, saved: dict[str, Any]) -> None:
-    """Puts tensors back into Shampoo's own objects, which only a gradient makes it create."""
-    (group,), (saved_group,) = optimizer.param_groups, saved["param_groups"]
-    group.update({key: value for key, value in saved_group.items() if key != "params"})
-    optimizer.state.clear()
-    for index, p in enumerate(group["params"]):
-        if index not in saved["state"]:
-            continue
-        p.grad = torch.zeros_like(p)
-        optimizer.init_group(group)
-        p.grad = None
-        for name, value in saved["state"][index].items():
-            if isinstance(value, dict):
-                vars(optimizer.state[p][name]).update(value)
-            else:
-                optimizer.state[p][name] = value
+            optimizer.load_state_dict(saved)

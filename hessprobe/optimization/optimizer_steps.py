@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from hessprobe.curvature.kronecker_factors import KINDS
-from hessprobe.optimization.inner_solver import REFRESH, FirstOrder, hidden_matrices
+from hessprobe.optimization.inner_solver import REFRESH, SOLVERS, FirstOrder, hidden_matrices
 from hessprobe.optimization.kfac import KFAC
 from hessprobe.optimization.place import Direction, Place
 from hessprobe.optimization.running import RunningOptimizer
 
 # Candidate -> the solver that takes its step.
-OPTIMIZERS = {"adam": "adamw", "sophia": "sophia", "muon": "muon", "shampoo": "shampoo", "soap": "soap"}
+OPTIMIZERS = {"adam" if name == "adamw" else name: name for name in SOLVERS}
 PIECES = 4  # of the batch, whose gradients build a state: a step of Muon's takes as long as a gradient
 
 

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hessprobe.schema.optimizers import ENTRIES, INNER_ORDER
 from hessprobe.schema.section import Positive, Section
 
-OptimizerName = Literal[
-    "full_gn", "layerwise_gn", "prox_linear", "adamw", "muon", "soap", "shampoo", "sophia", "kfac"
-]
-InnerSolver = Literal["muon", "adamw", "soap", "cg"]
-OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
-
+_FIRST_ORDER = tuple(name for name in INNER_ORDER if ENTRIES[name].inner_learning_rate)
 # What solves the inner problem of which Gauss-Newton: conjugate gradients need a quadratic one.
 GAUSS_NEWTON: dict[str, tuple[str, ...]] = {
-    "full_gn": get_args(InnerSolver),
-    "layerwise_gn": get_args(InnerSolver),
-    "prox_linear": ("muon", "adamw", "soap"),
+    "full_gn": (*_FIRST_ORDER, "cg"),
+    "layerwise_gn": (*_FIRST_ORDER, "cg"),
+    "prox_linear": _FIRST_ORDER,
 }
+OPTIMIZERS: tuple[str, ...] = (*GAUSS_NEWTON, *ENTRIES)
+if TYPE_CHECKING:
+    OptimizerName = InnerSolver = str
+else:
+    OptimizerName = Literal[OPTIMIZERS]
+    InnerSolver = Literal[GAUSS_NEWTON["full_gn"]]
 _EXISTING = (
-    "full_gn and layerwise_gn, each with inner_solver muon, adamw, soap or cg; prox_linear with structure full or "
-    "layerwise and inner_solver muon, adamw or soap; adamw, muon, soap, shampoo, sophia, kfac without a structure"
+    f"full_gn and layerwise_gn, each with inner_solver {', '.join(_FIRST_ORDER)} or cg; prox_linear with structure full "
+    f"or layerwise and inner_solver {', '.join(_FIRST_ORDER[:-1])} or {_FIRST_ORDER[-1]}; {', '.join(ENTRIES)} without a "
+    "structure"
 )
 
 

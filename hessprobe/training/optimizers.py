@@ -10,23 +10,15 @@ from hessprobe.optimization.inner_problem import GaussNewtonSettings
 from hessprobe.optimization.report import StepReport
 from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
-from hessprobe.recipe import OptimizerRecipe
+from hessprobe.recipe import GAUSS_NEWTON, OptimizerRecipe
+from hessprobe.schema.optimizers import ENTRIES
 
-# What a recipe that names none gets. Baselines: of 4 rates each, tried over 18 steps of 8,192 bytes on the recipe nano
-# with 2 layers, about the one with the least held-out loss, and below it where that was the largest tried.
+# What a recipe that names none gets: Gauss-Newton by the inner solver, where that is not conjugate gradients.
+INNER_LEARNING_RATES = {n: rate for n, e in ENTRIES.items() if (rate := e.inner_learning_rate) is not None}
 LEARNING_RATES = {
-    "full_gn": 0.02,
-    "layerwise_gn": 0.02,
-    "prox_linear": 0.02,
-    "adamw": 0.01,
-    "muon": 0.05,
-    "soap": 0.02,
-    "shampoo": 0.01,
-    "sophia": 0.006,
-    "kfac": 1.0,
+    **dict.fromkeys(GAUSS_NEWTON, INNER_LEARNING_RATES["muon"]),
+    **{name: entry.learning_rate for name, entry in ENTRIES.items()},
 }
-INNER_LEARNING_RATES = {"adamw": 0.01, "soap": 0.01}  # of Gauss-Newton by another solver than Muon
-PRECONDITIONED = ("soap", "shampoo", "sophia", "kfac")  # what has something to refresh
 
 
 class OuterOptimizer(Protocol):
@@ -89,7 +81,7 @@ def build_optimizer(
         schedule=recipe.schedule,
         learning_rate_warmup=recipe.learning_rate_warmup,
         outer_steps=outer_steps,
-        refresh=recipe.refresh if recipe.name in PRECONDITIONED else None,
+        refresh=recipe.refresh if ENTRIES[recipe.name].refresh else None,
         damping=recipe.damping if recipe.name == "kfac" else None,
         seed=seed,
     )

@@ -106,10 +106,10 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
 
 def test_adamw_takes_everything():
     ours, theirs = drawn(1), drawn(1)
-    solver = FirstOrder("adamw", ours, HIDDEN, betas=(0.8, 0.95), weight_decay=0.1)
+    solver = FirstOrder("adamw", ours, HIDDEN, weight_decay=0.1)
     for i, rate in enumerate([0.02, 0.01]):
         solver.step(drawn(10 + i), rate, None)
-    adamw = torch.optim.AdamW(list(theirs.values()), betas=(0.8, 0.95), weight_decay=0.1)
+    adamw = torch.optim.AdamW(list(theirs.values()), weight_decay=0.1)
     torch_steps([adamw], theirs, [0.02, 0.01])
     assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
 

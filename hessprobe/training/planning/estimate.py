@@ -12,13 +12,13 @@ import torch
 
 from hessprobe.curvature import cost as cost_of
 from hessprobe.models.transformer import Decoder, DecoderConfig
-from hessprobe.optimization.baselines import BASELINE_REFRESH
 from hessprobe.optimization.group_models import LocalModels
-from hessprobe.optimization.inner_solver import LARGEST, hidden_matrices
+from hessprobe.optimization.inner_solver import hidden_matrices
 from hessprobe.problem.objective import Objective
 from hessprobe.problem.partition import Partition
 from hessprobe.problem.splitting import sequences_at_once
 from hessprobe.recipe import OptimizerRecipe
+from hessprobe.schema.optimizers import ENTRIES, LARGEST
 from hessprobe.training.optimizers import gauss_newton_settings
 
 # Operations a second that an accelerator makes of float32 products: 60 % of an H100's 67 TFLOP/s. TF32 is several times
@@ -27,7 +27,6 @@ GPU_SPEED = 40e12
 FLOAT = 4  # bytes; everything is float32
 TOKEN = 16  # bytes: as an input and as a target
 GIB = 2**30
-ESTIMATE = {"sophia": 1, "kfac": 3}  # gradients that an estimate of curvature costs, a minibatch
 # Peak of one pass in multiples of (what a forward pass saves for its reverse, one batch's logits), fitted to the resident
 # memory of a CPU process at 4 sizes of the decoder: within 20 %. Attention is fused in a gradient; a dual pass keeps its
 # weights.
@@ -58,8 +57,8 @@ def cost(recipe: OptimizerRecipe, model: Decoder, partition: Partition) -> float
     The most that conjugate gradients and K-FAC may take; the mean over steps where curvature is estimated anew in some.
     """
     if not recipe.is_gauss_newton:
-        estimate = ESTIMATE.get(recipe.name, 0) / (recipe.refresh or BASELINE_REFRESH.get(recipe.name, 1))
-        return recipe.minibatches * (1 + estimate)
+        entry = ENTRIES[recipe.name]
+        return recipe.minibatches * (1 + entry.estimate / (recipe.refresh or entry.refresh or 1))
     names = (
         [partition.names] if not recipe.layerwise else [partition.parameters_of(b) for b in partition.blocks]
     )
@@ -144,7 +143,7 @@ def _saved_bytes(config: DecoderConfig) -> int:
 
 
 def _solver_floats(solver: str, model: Decoder, partition: Partition) -> int:
-    """Returns how many numbers a solver keeps: two for every parameter that is AdamW's, and its own for matrices."""
+    """Returns how many numbers a solver keeps: AdamW's for every parameter that it does not take, and its own."""
     if solver == "cg":
         return 5 * partition.size
     hidden = set(hidden_matrices(model))
@@ -152,13 +151,11 @@ def _solver_floats(solver: str, model: Decoder, partition: Partition) -> int:
         from hessprobe.curvature.kronecker import kronecker_names  # curvlinops: only who asks for it pays
 
         hidden = set(kronecker_names(model, partition))
-    total = 0
+    entry, total = ENTRIES[solver], 0
     for slot in partition.slots:
-        size = slot.shape.numel()
-        if slot.name not in hidden or solver in ("adamw", "sophia"):
-            total += 2 * size
+        if not entry.elementwise and slot.name not in hidden:
+            total += ENTRIES["adamw"].floats * slot.shape.numel()
             continue
-        squares = {"muon": 0, "kfac": 1}.get(solver, 2)  # factors and what is made of them, for each side
-        total += (1 if solver == "muon" else 2) * size
-        total += squares * sum(side**2 for side in slot.shape if side <= LARGEST)
+        total += entry.floats * slot.shape.numel()
+        total += entry.squares * sum(side**2 for side in slot.shape if side <= LARGEST)
     return total
