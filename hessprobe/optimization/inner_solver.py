@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hessprobe.errors import UserError, unknown_name
 from hessprobe.problem.partition import inner_parameters, unwrapped
-from hessprobe.schema.optimizers import ENTRIES, INNER_ORDER
+from hessprobe.schema.optimizers import ENTRIES, inner_order
 
 # K-FAC, which needs layers, is not built from parameters alone.
-SOLVERS = tuple(name for name in INNER_ORDER if ENTRIES[name].builds)
+SOLVERS = tuple(name for name in inner_order() if ENTRIES[name].builds)
 INNER_SOLVERS = tuple(name for name in SOLVERS if not ENTRIES[name].estimate)  # from gradients alone
 # Default steps between two preconditioners.
 REFRESH = {name: every for name in SOLVERS if (every := ENTRIES[name].refresh) is not None}
@@ -94,15 +94,16 @@ class FirstOrder:
         self.parameters = dict(parameters)
         self.refresh = refresh_of(solver, refresh, REFRESH)
         entry = ENTRIES[solver]
-        own = [p for n, p in parameters.items() if entry.elementwise or n in hidden]
-        rest = [p for n, p in parameters.items() if not entry.elementwise and n not in hidden]
+        self.own = tuple(n for n in parameters if entry.elementwise or n in hidden)
+        rest = [p for n, p in parameters.items() if n not in self.own]
         # Estimates come to it when the caller's count says so.
         given = {} if entry.refresh is None or entry.estimate else {"refresh": self.refresh}
         self.optimizers: list[torch.optim.Optimizer] = []
-        if own:
+        if self.own:
             module, _, function = entry.builds.partition(":")
             build = getattr(import_module(module), function)
-            self.optimizers.append(build(own, lr=0.0, weight_decay=weight_decay, **given))
+            taken = [parameters[name] for name in self.own]
+            self.optimizers.append(build(taken, lr=0.0, weight_decay=weight_decay, **given))
         if rest:
             self.optimizers.append(torch.optim.AdamW(rest, lr=0.0, weight_decay=weight_decay))
 
@@ -124,7 +125,7 @@ class FirstOrder:
         Raises:
             UserError: sophia's first step without an estimate.
         """
-        estimated: Any = self.optimizers[0] if ENTRIES[self.solver].estimate else None
+        estimated = self.optimizers[0] if self.own and ENTRIES[self.solver].estimate else None
         if estimated is not None and diagonal is None and not estimated.state:
             raise UserError(
                 f"{self.solver} needs an estimate of diag(G) at its first step, got none: pass diagonal=; as an inner "
@@ -137,7 +138,8 @@ class FirstOrder:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             if optimizer is estimated:
-                estimated.step(hessian=None if diagonal is None else [diagonal[n] for n in self.parameters])
+                fresh = None if diagonal is None else [diagonal[name] for name in self.own]
+                cast(Any, optimizer).step(hessian=fresh)
             else:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hessprobe.schema.optimizers import ENTRIES, INNER_ORDER
+from hessprobe.schema.optimizers import ENTRIES, inner_order
 from hessprobe.schema.section import Positive, Section
 
-_FIRST_ORDER = tuple(name for name in INNER_ORDER if ENTRIES[name].inner_learning_rate)
+_FIRST_ORDER = tuple(name for name in inner_order() if ENTRIES[name].inner_learning_rate)
 # What solves the inner problem of which Gauss-Newton: conjugate gradients need a quadratic one.
 GAUSS_NEWTON: dict[str, tuple[str, ...]] = {
     "full_gn": (*_FIRST_ORDER, "cg"),

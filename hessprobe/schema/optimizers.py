@@ -69,5 +69,8 @@ ENTRIES = {
     ),
     "kfac": Entry(label="K-FAC", learning_rate=1.0, builds="", refresh=1, estimate=3, squares=1),
 }
-# The reference study's inner solver stands before the others where they solve Gauss-Newton's inner problem.
-INNER_ORDER = tuple(sorted(ENTRIES, key="muon".__ne__))
+
+
+def inner_order() -> tuple[str, ...]:
+    """Returns the names as solvers of Gauss-Newton's inner problem are listed: the reference study's before the others."""
+    return tuple(sorted(ENTRIES, key="muon".__ne__))

@@ -113,8 +113,8 @@ def test_an_inner_solver_brings_its_own_default_learning_rate():
     rates = {
         solver: learning_rate(OptimizerRecipe(inner_solver=solver)) for solver in ("muon", "adamw", "soap")
     }
-    assert rates["muon"] == LEARNING_RATES["full_gn"]
-    assert {k: v for k, v in rates.items() if k != "muon"} == INNER_LEARNING_RATES
+    assert rates["muon"] == LEARNING_RATES["full_gn"] == 0.02
+    assert rates == INNER_LEARNING_RATES
     assert learning_rate(OptimizerRecipe(inner_solver="soap", learning_rate=0.7)) == 0.7
 
 
