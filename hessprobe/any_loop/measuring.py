@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessprobe.any_loop.meeting import Meeting, OutOfStep, Part
+from hessprobe.any_loop.meeting import Contribution, Meeting, OutOfStep
 from hessprobe.any_loop.torch_optimizers import running
 from hessprobe.errors import UserError
 from hessprobe.instruments.snapshot import Probe, Snapshot
@@ -186,7 +186,7 @@ class Measuring:
 
     def _part(
         self, due: Sequence[Probe], batch: Batch, known: str, check: Callable[[MicroBatches], None]
-    ) -> Part:
+    ) -> Contribution:
         """Returns what this process brings to the rows: as many of its sequences as any of them reads."""
         given, limit = batch() if callable(batch) else batch, max(probe.sequences for probe in due)
         counted = self.objective.counted(given)
@@ -198,7 +198,7 @@ class Measuring:
         else:
             theta = self.partition.vector(self.objective.model)
             weights = float(theta.sum(dtype=torch.float64)), float(theta.norm(dtype=torch.float64))
-        return Part(
+        return Contribution(
             batches=own_sequences(self.objective, counted, limit),
             known=known,
             weights=weights,

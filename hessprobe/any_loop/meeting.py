@@ -35,7 +35,7 @@ class OutOfStep(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Contribution:
     """What one process brings to a row.
 
     Attributes:
@@ -105,7 +105,9 @@ class Meeting:
             told = self._talk.gathered({"step": step})
         _check_alike(told)
 
-    def all_parts(self, step: int, due: tuple[str, ...], own: Callable[[], Part]) -> tuple[list[Batch], bool]:
+    def all_parts(
+        self, step: int, due: tuple[str, ...], own: Callable[[], Contribution]
+    ) -> tuple[list[Batch], bool]:
         """Returns the micro-batches of all processes, in their order, and whether all know the same of before the step.
 
         Raises:
@@ -124,7 +126,7 @@ class Meeting:
         for rank, other in enumerate(told):
             if other.failure:
                 raise UserError(f"process {rank}: {other.failure}")
-        parts: list[Part] = [pickle.loads(other.part) for other in told]
+        parts: list[Contribution] = [pickle.loads(other.part) for other in told]
         total, norm = parts[0].weights
         for rank, part in enumerate(parts):
             if max(abs(part.weights[0] - total), abs(part.weights[1] - norm)) > _ALIKE * norm:

@@ -26,7 +26,7 @@ from hessprobe.problem.partition import Partition
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class RecorderArguments:
     """What a recorder is asked for, as of `Recorder`."""
 
     probes: Any
@@ -61,7 +61,7 @@ class Opened:
     labels: Labels
 
 
-def opened(folder: Path, given: Objective, asked: Asked) -> Opened:
+def opened(folder: Path, given: Objective, asked: RecorderArguments) -> Opened:
     """Returns the log of a run, new or gone on with.
 
     Raises:
@@ -104,7 +104,7 @@ def opened(folder: Path, given: Objective, asked: Asked) -> Opened:
 
 
 def _laid_out(
-    folder: Path, objective: Objective, asked: Asked, chosen: ChosenProbes, partition: Partition
+    folder: Path, objective: Objective, asked: RecorderArguments, chosen: ChosenProbes, partition: Partition
 ) -> ProbeRecorder:
     """Returns what writes rows: in the first process, into the run's folder."""
     processes = objective.processes
@@ -130,7 +130,7 @@ def _labels_kept(recorder: ProbeRecorder) -> Labels:
     return Labels(json.loads(writer.attributes.get(ATTRIBUTE, "{}")), max(recorded, default=-1))
 
 
-def _settings(asked: Asked, chosen: ChosenProbes, partition: Partition) -> dict[str, object]:
+def _settings(asked: RecorderArguments, chosen: ChosenProbes, partition: Partition) -> dict[str, object]:
     """Returns what a recorder was given, and what follows from it, that must be alike in all processes."""
     names = ("steps", "first_step", "resume", "beside")
     return {

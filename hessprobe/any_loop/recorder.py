@@ -25,7 +25,7 @@ from hessprobe.any_loop.complaints import Complaints
 from hessprobe.any_loop.labels import ATTRIBUTE
 from hessprobe.any_loop.measuring import names
 from hessprobe.any_loop.objective_arguments import objective_of
-from hessprobe.any_loop.opening import Asked, opened
+from hessprobe.any_loop.opening import RecorderArguments, opened
 from hessprobe.any_loop.rows import Rows
 from hessprobe.any_loop.trial import Check
 from hessprobe.any_loop.words import for_recorder
@@ -119,7 +119,7 @@ class Recorder:
         self.model, self.seed, self.active = given.model, seed, True
         optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         self.optimizers = [one for one in optimizers if one is not None]
-        asked = Asked(
+        asked = RecorderArguments(
             probes=probes, every=every, partition=partition, steps=steps, sequences=sequences, first_step=first_step,
             resume=resume, beside=beside, seed=seed, processes=processes,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from hessprobe.comparison.tables import (
     study_rows,
 )
 from hessprobe.pictures import plotly_pen
-from hessprobe.pictures.section import Section
+from hessprobe.pictures.section import PageSection
 from hessprobe.reading.wording import counted
 from hessprobe.report.page import render_page, write_page
 from hessprobe.report.provenance import said_time
@@ -43,7 +43,7 @@ def write_comparison(comparison: Comparison, destination: Path) -> Path:
     return write_page(Path(destination), text)
 
 
-def steps_to_loss(comparison: Comparison) -> Section:
+def steps_to_loss(comparison: Comparison) -> PageSection:
     """Returns the section on what each method needs to reach the target loss."""
     content = {
         "target": f"{comparison.target:.6g}",
@@ -61,7 +61,7 @@ def steps_to_loss(comparison: Comparison) -> Section:
         "critical_name": study_name("critical_batch"),
         "runs": run_rows(comparison),
     }
-    return Section(
+    return PageSection(
         name="steps_to_loss",
         title="Steps to a loss",
         template="comparison.html.j2",

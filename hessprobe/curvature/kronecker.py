@@ -22,8 +22,8 @@ from hessprobe.curvature.summed_outputs import (
     LOSSES,
     SummedOutputs,
     counted,
+    hooks_taken_out,
     module_of,
-    undisturbed,
 )
 from hessprobe.errors import RunFailed, UserError, unknown_name
 from hessprobe.problem.measuring import measuring
@@ -119,7 +119,7 @@ def kronecker_factors(
             "another kind such as Conv1D, tied, or frozen): take a method that needs no layers, such as shampoo"
         )
     presented = SummedOutputs(objective, fisher, samples)
-    with measuring(objective.model, forward_mode=False), undisturbed(objective.model, parameters):
+    with measuring(objective.model, forward_mode=False), hooks_taken_out(objective.model, parameters):
         try:
             collect = _ekfac_blocks if kind == "ekfac" else _kfac_blocks
             blocks = collect(presented, listed, names, generator)

@@ -153,7 +153,7 @@ def counted(presented: SummedOutputs, names: Sequence[str]) -> Iterator[dict[str
 
 
 @contextmanager
-def undisturbed(model: nn.Module, parameters: Mapping[str, Tensor] | None) -> Iterator[None]:
+def hooks_taken_out(model: nn.Module, parameters: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Puts theta in the model's place, and takes it out again with every hook that a failure left behind."""
     hooks = [(module, {kind: set(getattr(module, kind)) for kind in _HOOKS}) for module in model.modules()]
     own = {name: model.get_parameter(name).data for name in parameters or ()}

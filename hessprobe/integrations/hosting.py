@@ -19,7 +19,7 @@ LOGGER = logging.getLogger("hessprobe")
 _DEFAULTS = {"every": None, "partition": "layer", "sequences": None}
 
 
-class Asked(TypedDict, total=False):
+class CallbackArguments(TypedDict, total=False):
     """What every callback takes as `hessprobe.Recorder` does, but for an objective, which is made of the model."""
 
     every: Any
@@ -48,10 +48,10 @@ class Hosted:
         TypeError: an argument of another name.
     """
 
-    def __init__(self, folder: Path | str, probes: Any, **asked: Unpack[Asked]) -> None:
-        if unknown := [name for name in asked if name not in Asked.__annotations__]:
+    def __init__(self, folder: Path | str, probes: Any, **asked: Unpack[CallbackArguments]) -> None:
+        if unknown := [name for name in asked if name not in CallbackArguments.__annotations__]:
             raise TypeError(
-                f"ProbeCallback has no argument {unknown[0]!r}; it takes {', '.join(Asked.__annotations__)}"
+                f"ProbeCallback has no argument {unknown[0]!r}; it takes {', '.join(CallbackArguments.__annotations__)}"
             )
         self.folder = Path(folder).absolute()
         self.objective = asked.pop("objective", None)

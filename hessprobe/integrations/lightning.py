@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from hessprobe.any_loop.recorder import Recorder
 from hessprobe.errors import UserError
-from hessprobe.integrations.hosting import LOGGER, Asked, Hosted
+from hessprobe.integrations.hosting import LOGGER, CallbackArguments, Hosted
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -58,7 +58,7 @@ class ProbeCallback(Callback):
         probes: Any = ("cross_layer",),
         *,
         seed: int = 0,
-        **asked: Unpack[Asked],
+        **asked: Unpack[CallbackArguments],
     ) -> None:
         self._hosted = Hosted(folder, probes, **asked)
         self.folder, self._given = self._hosted.folder, folder

@@ -15,7 +15,7 @@ from typing import Any, Unpack
 
 from hessprobe.any_loop.recorder import Recorder
 from hessprobe.errors import UserError
-from hessprobe.integrations.hosting import Asked, Hosted
+from hessprobe.integrations.hosting import CallbackArguments, Hosted
 
 try:
     from transformers import TrainerCallback, set_seed
@@ -66,7 +66,7 @@ class ProbeCallback(TrainerCallback):
         *,
         seed: int | None = None,
         batches: Callable[[int], Any] | None = None,
-        **asked: Unpack[Asked],
+        **asked: Unpack[CallbackArguments],
     ) -> None:
         self._hosted = Hosted(folder, probes, **asked)
         self.folder = self._hosted.folder

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class SequenceRange:
     """Sequences `start` to `stop` of micro-batch `number`, which run together."""
 
     batch: Batch
@@ -203,7 +203,7 @@ def _refused(error: BaseException, plan: Plan) -> set[int]:
 
 def _parts(
     objective: Objective, shares: Sequence[Share], division: int, everyone: Sequence[Sequence[int]]
-) -> list[Part]:
+) -> list[SequenceRange]:
     """Returns a process's micro-batches, each cut into parts of at most 1 / division of the largest one's sequences.
 
     Args:
@@ -217,7 +217,9 @@ def _parts(
         for i in range(pieces):
             start, stop = count * i // pieces, count * (i + 1) // pieces
             part = own.batch if pieces == 1 else objective.cut(own.batch, start, stop)
-            parts.append(Part(batch=part, number=own.number, start=own.start + start, stop=own.start + stop))
+            parts.append(
+                SequenceRange(batch=part, number=own.number, start=own.start + start, stop=own.start + stop)
+            )
     return parts
 
 

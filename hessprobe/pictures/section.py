@@ -14,7 +14,7 @@ from hessprobe.store.reader import recorded_probes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class PageSection:
     """What one section shows. With `missing` set, only that line is shown."""
 
     name: str

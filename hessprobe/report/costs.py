@@ -13,7 +13,7 @@ from hessprobe.instruments.registry import OURS
 from hessprobe.pictures import plotly_pen
 from hessprobe.pictures.looks import Look
 from hessprobe.pictures.picture import Axis, Line, Lines
-from hessprobe.pictures.section import Section, table_or_reason
+from hessprobe.pictures.section import PageSection, table_or_reason
 from hessprobe.reading.costs import measuring_costs
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.rows import sound_rows
@@ -22,7 +22,7 @@ from hessprobe.reading.wording import counted, percent
 _LOOKS = (Look(), Look(color="second"), Look(color="negative"))
 
 
-def costs(run: xr.DataTree) -> Section:
+def costs(run: xr.DataTree) -> PageSection:
     """Returns the section on the costs of measuring."""
     table = measuring_costs(run)
     missing = (
@@ -30,7 +30,7 @@ def costs(run: xr.DataTree) -> Section:
         if table.sizes["table"]
         else table_or_reason(run, OURS[0])[1] or "No table of this run holds costs."
     )
-    return Section(
+    return PageSection(
         name="costs",
         title="Costs of measuring",
         template="costs.html.j2",
@@ -40,14 +40,14 @@ def costs(run: xr.DataTree) -> Section:
     )
 
 
-def several_costs(labels: Sequence[str], runs: Sequence[xr.DataTree]) -> Section:
+def several_costs(labels: Sequence[str], runs: Sequence[xr.DataTree]) -> PageSection:
     """Returns the section on the costs of measuring of several runs."""
     rows = [
         {"run": label} | row
         for label, run in zip(labels, runs, strict=True)
         for row in _rows(measuring_costs(run))
     ]
-    return Section(
+    return PageSection(
         name="costs",
         title="Costs of measuring",
         template="several_costs.html.j2",

@@ -17,7 +17,7 @@ import plotly.io
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from hessprobe.pictures.section import Section
+from hessprobe.pictures.section import PageSection
 from hessprobe.reading.finding import Finding
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.wording import percent, plus_minus
@@ -90,7 +90,7 @@ def render_page(
     *,
     name: str,
     findings: Sequence[Finding],
-    sections: Sequence[Section],
+    sections: Sequence[PageSection],
     subtitle: Sequence[str],
     kind: str = "report",
     reading: str = "reading.html.j2",
@@ -112,7 +112,7 @@ def render_page(
     )
 
 
-def _script_json(sections: Sequence[Section]) -> Markup:
+def _script_json(sections: Sequence[PageSection]) -> Markup:
     """Returns the charts as JSON that is safe inside a script element: plotly escapes <, > and / in it."""
     charts = {name: figure for section in sections for name, figure in section.charts.items()}
     entries = (

@@ -8,11 +8,11 @@ from typing import Any
 
 import xarray as xr
 
-from hessprobe.pictures.section import Section
+from hessprobe.pictures.section import PageSection
 from hessprobe.store.attributes import decoded
 
 
-def provenance(run: xr.DataTree) -> Section:
+def provenance(run: xr.DataTree) -> PageSection:
     """Returns the section on provenance, from the run's root attributes; what is absent is said to be."""
     attributes = run.attrs
     data, versions = decoded(attributes.get("data")), decoded(attributes.get("versions"))
@@ -33,7 +33,7 @@ def provenance(run: xr.DataTree) -> Section:
         "parameters": sum(partition.values()),
         "recipe": {key: said_setting(value) for key, value in flat(decoded(attributes.get("recipe")), "")},
     }
-    return Section(name="provenance", title="Provenance", template="provenance.html.j2", content=content)
+    return PageSection(name="provenance", title="Provenance", template="provenance.html.j2", content=content)
 
 
 def said_time(moment: str) -> str:

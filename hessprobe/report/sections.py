@@ -9,13 +9,13 @@ from typing import Any
 from hessprobe.instruments.instrument import Instrument, loaded
 from hessprobe.pictures import plotly_pen
 from hessprobe.pictures.picture import Picture
-from hessprobe.pictures.section import Section, table_or_reason
+from hessprobe.pictures.section import PageSection, table_or_reason
 from hessprobe.reading.labelled import Labelled
 from hessprobe.reading.rows import failed_rows
 from hessprobe.report.asking import Asked, readers
 
 
-def sections_on_instruments(asked: Asked) -> list[Section]:
+def sections_on_instruments(asked: Asked) -> list[PageSection]:
     """Returns the sections of one run, or of several, in reading order."""
     build = _of_one if len(asked.trees) == 1 else _of_several
     return [build(each, asked) for each in readers(asked.trees)]
@@ -26,7 +26,7 @@ def pictures_of(instrument: Instrument, runs: Sequence[Labelled[Any]]) -> list[P
     return loaded(instrument.pictures)(runs)
 
 
-def _of_one(instrument: Instrument, asked: Asked) -> Section:
+def _of_one(instrument: Instrument, asked: Asked) -> PageSection:
     section = _section(instrument, instrument.template)
     table, reason = table_or_reason(asked.trees[0], instrument.name, instrument.recorded_with)
     if table is None:
@@ -41,7 +41,7 @@ def _of_one(instrument: Instrument, asked: Asked) -> Section:
     return section(content=content, charts=charts, frames=content.get("frames", {}), failed=failed)
 
 
-def _of_several(instrument: Instrument, asked: Asked) -> Section:
+def _of_several(instrument: Instrument, asked: Asked) -> PageSection:
     section = _section(instrument, instrument.several_template)
     missing = [
         f"{label}: {reason}"
@@ -56,5 +56,5 @@ def _of_several(instrument: Instrument, asked: Asked) -> Section:
     return section(content=content, charts=charts, frames=content.get("frames", {}))
 
 
-def _section(instrument: Instrument, template: str) -> partial[Section]:
-    return partial(Section, name=instrument.section_id, title=instrument.title, template=template)
+def _section(instrument: Instrument, template: str) -> partial[PageSection]:
+    return partial(PageSection, name=instrument.section_id, title=instrument.title, template=template)

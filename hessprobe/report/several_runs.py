@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from hessprobe.pictures.section import Section
+from hessprobe.pictures.section import PageSection
 from hessprobe.reading.labelled import labels
 from hessprobe.reading.load_run import load_run
 from hessprobe.reading.wording import counted
@@ -55,7 +55,7 @@ def write_runs_report(runs: Sequence[Path], destination: Path | None = None) -> 
     return path
 
 
-def _provenance(asked: Asked) -> Section:
+def _provenance(asked: Asked) -> PageSection:
     """Returns what differs between the runs' recipes, data, devices and versions; what is the same is not repeated."""
     facts: list[dict[str, str]] = []
     for run in asked.trees:
@@ -75,6 +75,6 @@ def _provenance(asked: Asked) -> Section:
         "differing": differing,
         "same": len(keys) - len(differing),
     }
-    return Section(
+    return PageSection(
         name="provenance", title="Provenance", template="several_provenance.html.j2", content=content
     )

@@ -182,7 +182,7 @@ def dtype_name(array: Any) -> str:
     return "str" if native.kind in "TOU" else native.name
 
 
-def differences(on_disk: Mapping[str, Any], table: Table) -> list[str]:
+def differences_from(on_disk: Mapping[str, Any], table: Table) -> list[str]:
     """Returns how a declared table differs from the one on disk, a phrase each; long_name is only wording."""
     declared = {variable.name: variable for variable in (*table.variables, *bookkeeping_variables())}
     labels = set(table.coordinates)

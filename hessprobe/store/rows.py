@@ -190,7 +190,7 @@ class TableRows:
 
     def continue_as(self, table: Table, steps: Sequence[int] | None) -> None:
         """Checks that the table on disk is the one declared, and adds the steps that go beyond its own."""
-        if differences := layout.differences(self._on_disk, table):
+        if differences := layout.differences_from(self._on_disk, table):
             raise UserError(
                 f"{self.folder}: table {self.name!r} was recorded differently ({'; '.join(differences)}); "
                 "record into another folder"

@@ -7,11 +7,11 @@ import inspect
 import pytest
 
 from hessprobe.any_loop.recorder import Recorder
-from hessprobe.integrations.hosting import Asked, Hosted
+from hessprobe.integrations.hosting import CallbackArguments, Hosted
 
 
 def test_callbacks_take_what_a_recorder_takes():
-    assert set(Asked.__annotations__) <= set(inspect.signature(Recorder).parameters)
+    assert set(CallbackArguments.__annotations__) <= set(inspect.signature(Recorder).parameters)
 
 
 def test_an_argument_of_another_name_is_refused_before_training(tmp_path):

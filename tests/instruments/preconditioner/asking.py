@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hessprobe.instruments.preconditioner.measure.candidates.candidate import Asked, loaded
+from hessprobe.instruments.preconditioner.measure.candidates.candidate import Occasion, loaded
 from hessprobe.instruments.preconditioner.measure.site import Groups
 from hessprobe.instruments.preconditioner.recipe import CANDIDATES
 from hessprobe.instruments.snapshot import Snapshot
@@ -35,5 +35,5 @@ def directions(
     def solve(groups: Groups) -> DampedSolutions:
         raise AssertionError(f"{name} solves for {groups}")
 
-    asked = Asked(place=place, snapshot=snapshot, dampings=dampings, generator=generator, solve=solve)
+    asked = Occasion(place=place, snapshot=snapshot, dampings=dampings, generator=generator, solve=solve)
     return list(loaded(name).answer(asked).directions)

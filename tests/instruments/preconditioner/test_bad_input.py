@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from hessprobe.errors import UserError
 from hessprobe.instruments.preconditioner.measure import site as preconditioner_site
 from hessprobe.instruments.preconditioner.measure.candidates.candidate import (
-    Answer,
-    Asked,
     Candidate,
+    Directions,
+    Occasion,
     for_every_damping,
 )
 from hessprobe.instruments.preconditioner.measure.probe import PreconditionerProbe
@@ -94,7 +94,7 @@ def test_a_candidate_that_fails_says_why_and_the_others_stand(which):
 
 
 def test_an_inverse_that_is_not_positive_definite_leaves_the_rest_of_the_candidate():
-    def answer(asked: Asked) -> Answer:
+    def answer(asked: Occasion) -> Directions:
         odd = Direction(vector=-asked.place.gradient, inverse=lambda rows: -rows)
         return for_every_damping(asked, odd)
 

@@ -13,7 +13,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from hessprobe.errors import UserError, unknown_name
-from hessprobe.instruments.cross_layer.grouping.sketched_solve import Part, coefficients, least_damping
+from hessprobe.instruments.cross_layer.grouping.sketched_solve import SketchHalf, coefficients, least_damping
 from hessprobe.instruments.cross_layer.grouping.sketches import Sketches
 
 Group = tuple[int, ...]
@@ -28,7 +28,7 @@ class _Way:
     judged: np.ndarray  # (n',) sequences
     share: np.ndarray  # (n,) of the tokens in `built`
     judged_share: np.ndarray
-    parts: tuple[Part, Part]
+    parts: tuple[SketchHalf, SketchHalf]
     judges: np.ndarray  # (n' R,) sketches in order of sequence
     weight: np.ndarray  # (n' R,) their weights in G_held
 
@@ -218,10 +218,10 @@ class CrossFit:
             weight=np.repeat(judged_share / s.rounds, s.rounds),
         )
 
-    def _part(self, built: np.ndarray, share: np.ndarray, which: int) -> Part:
+    def _part(self, built: np.ndarray, share: np.ndarray, which: int) -> SketchHalf:
         rounds = np.unique(self.sketches.round)[which::2]
         root = np.sqrt(np.repeat(share / len(rounds), len(rounds)))
-        return Part(index=self._sketches_of(built, rounds), root=root, rounds=len(rounds))
+        return SketchHalf(index=self._sketches_of(built, rounds), root=root, rounds=len(rounds))
 
     def _sketches_of(self, sequences: np.ndarray, rounds: np.ndarray) -> np.ndarray:
         s = self.sketches

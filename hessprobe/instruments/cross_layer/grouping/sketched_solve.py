@@ -14,7 +14,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
+class SketchHalf:
     """Sketches that one solve is built from: some rounds of half of the sequences, in order of sequence."""
 
     index: np.ndarray  # (n r,) into all sketches
@@ -34,7 +34,7 @@ class Part:
 
 
 def coefficients(
-    part: Part,
+    part: SketchHalf,
     kernel: np.ndarray,
     alignment: np.ndarray,
     *,
@@ -86,7 +86,7 @@ def inner_damping(values: np.ndarray, vectors: np.ndarray, weights: np.ndarray, 
     return float(min(max(z, floor), damping))
 
 
-def least_damping(part: Part, kernel: np.ndarray, freedom: float) -> float:
+def least_damping(part: SketchHalf, kernel: np.ndarray, freedom: float) -> float:
     """Returns the smallest damping at which a solve leaves that share of the sketches' degrees of freedom."""
     values, vectors = part.spectrum(kernel)
     u = part.root**2 @ vectors**2

@@ -13,7 +13,7 @@ from hessprobe.curvature import cost
 from hessprobe.estimation.block_norms import symmetry_gap
 from hessprobe.estimation.conditioning import conditioning
 from hessprobe.instruments.preconditioner.measure.batches import SharedOut
-from hessprobe.instruments.preconditioner.measure.candidates.candidate import Answer, Candidate, Function
+from hessprobe.instruments.preconditioner.measure.candidates.candidate import Candidate, Directions, Function
 from hessprobe.instruments.preconditioner.measure.candidates.chosen import Candidates
 from hessprobe.instruments.preconditioner.measure.row import PreconditionerRow
 from hessprobe.instruments.preconditioner.measure.site import Site
@@ -144,7 +144,7 @@ class PreconditionerProbe(Probe):
         if row.is_the_batch and self.recipe.condition_steps:
             self._condition(name, answer, site, row)
 
-    def _condition(self, name: str, answer: Answer, site: Site, row: PreconditionerRow) -> None:
+    def _condition(self, name: str, answer: Directions, site: Site, row: PreconditionerRow) -> None:
         for i, (damping, direction) in enumerate(zip(self.recipe.dampings, answer.directions, strict=True)):
             if direction.inverse is None:
                 continue

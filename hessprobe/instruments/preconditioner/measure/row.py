@@ -9,7 +9,7 @@ import numpy as np
 
 from hessprobe.errors import UserError
 from hessprobe.estimation.conditioning import Conditioning
-from hessprobe.instruments.preconditioner.measure.candidates.candidate import Answer
+from hessprobe.instruments.preconditioner.measure.candidates.candidate import Directions
 from hessprobe.instruments.preconditioner.measure.site import Judged, Site, jackknife_stderr
 from hessprobe.instruments.preconditioner.recipe import PreconditionerRecipe
 from hessprobe.instruments.row_variables import MEASUREMENT_VARIABLES
@@ -68,7 +68,7 @@ class PreconditionerRow:
         if self.is_the_batch:
             self._block_optimum = site.block_optimal_decrease()
 
-    def judge(self, name: str, answer: Answer) -> None:
+    def judge(self, name: str, answer: Directions) -> None:
         """Fills in what a candidate's directions are worth, on the batch they were built on and on the held-out one."""
         candidate = self.names.index(name)
         for i, (mu, direction) in enumerate(zip(self.recipe.dampings, answer.directions, strict=True)):

@@ -21,7 +21,7 @@ Function = Callable[[Tensor, Snapshot], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Occasion:
     """What a candidate may look at, none of which it may change.
 
     Attributes:
@@ -40,7 +40,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Directions:
     """A candidate's directions, one for each damping (the same object where they do not depend on it).
 
     `residual` and `iterations` are of its own solves, one for each damping, where it is a solve.
@@ -63,7 +63,7 @@ class Candidate:
         groups: the groups of blocks that it solves for apart, where it is a solve; UserError for blocks they do not fit.
     """
 
-    answer: Callable[[Asked], Answer]
+    answer: Callable[[Occasion], Directions]
     most_gradients: float = 0.0
     damped: bool = False
     linear: bool = False
@@ -98,7 +98,7 @@ def candidate_of(name: str, given: object) -> Candidate:
             f"candidate {name!r} is a {type(given).__name__}; wanted a function (gradient, snapshot)"
         )
 
-    def answer(asked: Asked) -> Answer:
+    def answer(asked: Occasion) -> Directions:
         # Its own copy of everything: what it writes into is nobody else's.
         theta = replace(asked.snapshot, parameters=asked.snapshot.parameters.clone())
         d = given(asked.place.gradient.clone(), theta)
@@ -110,6 +110,6 @@ def candidate_of(name: str, given: object) -> Candidate:
     return Candidate(answer=answer)
 
 
-def for_every_damping(asked: Asked, direction: Direction) -> Answer:
+def for_every_damping(asked: Occasion, direction: Direction) -> Directions:
     """Returns the answer of a candidate that has no damping of its own."""
-    return Answer(directions=[direction] * len(asked.dampings))
+    return Directions(directions=[direction] * len(asked.dampings))

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hessprobe.errors import UserError
 from hessprobe.instruments.preconditioner.measure.candidates.candidate import (
-    Answer,
-    Asked,
     Candidate,
+    Directions,
     Function,
+    Occasion,
     candidate_of,
     loaded,
 )
@@ -65,7 +65,7 @@ class Candidates:
         """
         return [each.groups(partition) for each in self.all.values() if each.groups is not None]
 
-    def answer(self, name: str, site: Site, generator: torch.Generator) -> Answer:
+    def answer(self, name: str, site: Site, generator: torch.Generator) -> Directions:
         """Returns what a candidate does at a site; what it costs is counted there.
 
         Raises:
@@ -73,7 +73,7 @@ class Candidates:
             FloatingPointError: a direction that is not finite.
             Exception: whatever a candidate raises.
         """
-        asked = Asked(
+        asked = Occasion(
             place=site.place,
             snapshot=site.snapshot,
             dampings=self.dampings,

@@ -14,15 +14,15 @@ from __future__ import annotations
 from functools import partial
 
 from hessprobe.instruments.preconditioner.measure.candidates.candidate import (
-    Answer,
-    Asked,
     Candidate,
+    Directions,
+    Occasion,
     for_every_damping,
 )
 from hessprobe.optimization.optimizer_steps import built_step, has_run, running_step
 
 
-def _step(name: str, asked: Asked) -> Answer:
+def _step(name: str, asked: Occasion) -> Directions:
     running = asked.snapshot.optimizer
     if has_run(running, name):
         return for_every_damping(asked, running_step(running, asked.place, asked.generator))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from hessprobe.errors import UserError
-from hessprobe.instruments.preconditioner.measure.candidates.candidate import Answer, Asked, Candidate
+from hessprobe.instruments.preconditioner.measure.candidates.candidate import Candidate, Directions, Occasion
 from hessprobe.instruments.preconditioner.measure.site import Groups
 from hessprobe.optimization.conjugate_gradient import NOT_FINITE
 from hessprobe.optimization.inner_problem import groups_of
@@ -18,10 +18,10 @@ from hessprobe.optimization.place import Direction
 from hessprobe.problem.partition import Partition
 
 
-def _diagonal(asked: Asked) -> Answer:
+def _diagonal(asked: Occasion) -> Directions:
     place = asked.place
     diagonal = place.diagonal(asked.generator)
-    return Answer(
+    return Directions(
         directions=[
             Direction(
                 vector=-place.gradient / (diagonal + damping),
@@ -36,11 +36,11 @@ def _diagonal(asked: Asked) -> Answer:
 def solve(groups: Callable[[Partition], Groups]) -> Candidate:
     """Returns the candidate that solves for groups of blocks apart."""
 
-    def answer(asked: Asked) -> Answer:
+    def answer(asked: Occasion) -> Directions:
         solved = asked.solve(groups(asked.place.partition))
         if NOT_FINITE in solved.outcome:
             raise FloatingPointError("the Gauss-Newton system is not finite")
-        return Answer(
+        return Directions(
             directions=[Direction(vector=x) for x in solved.x],
             residual=solved.residual.tolist(),
             iterations=solved.iterations,

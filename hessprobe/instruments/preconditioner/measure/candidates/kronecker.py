@@ -14,16 +14,16 @@ from functools import partial
 from torch import Tensor
 
 from hessprobe.instruments.preconditioner.measure.candidates.candidate import (
-    Answer,
-    Asked,
     Candidate,
+    Directions,
+    Occasion,
     for_every_damping,
 )
 from hessprobe.optimization.optimizer_steps import has_run, running_step
 from hessprobe.optimization.place import Direction
 
 
-def _kronecker(kind: str, asked: Asked) -> Answer:
+def _kronecker(kind: str, asked: Occasion) -> Directions:
     place, running = asked.place, asked.snapshot.optimizer
     if has_run(running, kind):
         return for_every_damping(asked, running_step(running, place, asked.generator))
@@ -40,7 +40,7 @@ def _kronecker(kind: str, asked: Asked) -> Answer:
         solved = factors.apply_inverse(tensors, damping=damping)
         return partition.flatten(solved | {n: tensors[n] / (x + damping) for n, x in rest.items()})
 
-    return Answer(
+    return Directions(
         directions=[
             Direction(
                 vector=-inverse(place.gradient, damping),
