@@ -256,6 +256,8 @@ class ModelOperator(CurvatureOperator):
             elif len(self._engines) > 1:
                 self._engines.pop(0)
                 self._fallen = self.engine == FIRST_ORDER
+                if self._fallen:
+                    self._check_plain_pass()
             else:
                 raise
             try:
@@ -268,6 +270,11 @@ class ModelOperator(CurvatureOperator):
                 raise UserError(f"{refusal} Differences of passes do not serve either: {second}") from second
             self._say()
             return found
+
+    def _check_plain_pass(self) -> None:
+        """Raises the model's own error where it is not derivatives that fail."""
+        for batch in self.pieces[:1]:
+            self.objective.outputs(batch, self._theta)
 
     def _check_first_engine(self) -> None:
         """Raises NoForwardMode where the first engine's products would not be of one symmetric matrix."""

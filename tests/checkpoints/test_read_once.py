@@ -110,7 +110,7 @@ def test_transformers_loads_a_checkpoint_once_and_it_is_hashed_once(tmp_path, mo
 
 
 def test_files_of_weights_are_read_once(tmp_path, monkeypatch):
-    (tmp_path / "weights_of_mine.py").write_text(
+    (tmp_path / "model_and_batch_of_mine.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def model():\n    return nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))\n"
         "def batch():\n    x = torch.arange(24).reshape(4, 6) % 11\n    return x, x\n"
@@ -125,7 +125,7 @@ def test_files_of_weights_are_read_once(tmp_path, monkeypatch):
     read, plain = Counter[str](), state_dicts.read_weights
     monkeypatch.setattr(state_dicts, "read_weights", lambda f: read.update([Path(f).name]) or plain(f))
     settings = (*MEASURED, "partition=module", "device=cpu")
-    files, own = [str(tmp_path / "step*.pt")], "weights_of_mine"
+    files, own = [str(tmp_path / "step*.pt")], "model_and_batch_of_mine"
     measure_series(open_series(files, settings, model=f"{own}:model", data=f"{own}:batch"), tmp_path / "out")
     assert read == {"step1.pt": 1, "step2.pt": 1}
     assert tables(tmp_path / "out")["cross_layer"].step.values.tolist() == [1, 2]

@@ -101,7 +101,7 @@ def test_what_was_measured_is_kept_when_it_is_stopped(hessprobe, monkeypatch):
     def stop(**_: object) -> object:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hessprobe.checkpoints.measure_series.Snapshot", stop)
+    monkeypatch.setattr("hessprobe.measuring.snapshots.Snapshot", stop)
     answer = hessprobe("@a", "--probe", "cross_layer")
     assert (answer.code, answer.out) == (130, "")
     assert answer.error.splitlines() == ["stopped; the rows measured so far are kept"]

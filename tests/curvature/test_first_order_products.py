@@ -20,7 +20,7 @@ from hessprobe.errors import UserError
 from tests import models
 from tests.cases import Case
 from tests.curvature.awkward_models import Kernel, awkward
-from tests.curvature.test_forward_mode import Reversed, Stopped
+from tests.curvature.stopping_models import Reversed, Stopped
 
 Zoo = Callable[[str], Case]
 ENGINE = "first-order"

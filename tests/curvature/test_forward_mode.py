@@ -16,30 +16,10 @@ from hessprobe.curvature.residual import Residual
 from hessprobe.kernels.layer_kernels import layer_kernels
 from hessprobe.optimization.model_ladder import model_ladder
 from tests import models, oracles
+from tests.curvature.stopping_models import D, Reversed, Stopped, V
 from tests.problem.stateful_models import jacobian_truth
 
-V, D = 8, 4
 EXACT = 1e-8
-
-
-class Reversed(torch.autograd.Function):
-    """x -> x whose backward pass turns the gradient round, and whose forward mode does not."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor) -> Tensor:
-        return tangent.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return -gradient
 
 
 def hooked(h: Tensor) -> Tensor:
@@ -126,19 +106,6 @@ def plain(model: nn.Module, kind: str) -> nn.Module:
     if "bag" in kind or kind in ("sparse", "max_norm"):
         model.embedding = Plain(model.embedding)  # type: ignore[arg-type]
     return model
-
-
-class Stopped(nn.Module):
-    def __init__(self, stop: Callable[[Tensor], Tensor] | None, table: nn.Module | None = None) -> None:
-        super().__init__()
-        self.stop = stop
-        self.embedding = table or nn.Embedding(V, D)
-        self.layers, self.head = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)]), nn.Linear(D, V)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embedding(x)
-        r = torch.tanh(self.layers[0](h))
-        return self.head(torch.tanh(self.layers[1](h + (r if self.stop is None else self.stop(r)))))
 
 
 def made(kind: str) -> tuple[nn.Module, tuple[Tensor, Tensor]]:

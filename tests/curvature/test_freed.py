@@ -48,4 +48,4 @@ def test_products_leave_no_tensor_behind(name, rows):
     before = alive()
     for _ in range(2):
         once()
-    assert alive() == before
+    assert alive() <= before

@@ -282,8 +282,8 @@ def test_many_blocks_give_the_ends_of_the_ranking_and_too_many_say_what_is_left_
 
 def test_the_figures_draw_what_the_page_does(sketched, text, tmp_path):
     run, charts = open_run(sketched), script_json(text, "chart-data")
-    answers = CrossLayerAnswers(run["cross_layer"].to_dataset(), train=run["train"].to_dataset())
-    runs = [Labelled(label="", answers=answers, compared=answers)]
+    answers = CrossLayerAnswers(run["cross_layer"].to_dataset())
+    runs = [Labelled(label="", answers=answers, compared=answers, run=run)]
     figures = {each.name: draw(each) for each in pictures(runs)}
     names = [label.get_text() for label in figures["merge_gains"].axes[0].get_yticklabels()]
     assert names == charts["merge_gains"]["layout"]["yaxis"]["categoryarray"][::-1]
