@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hessprobe.curvature.difference_steps import DifferenceSteps, Named, StepErrors
 from hessprobe.curvature.displaced import Displaced
-from hessprobe.errors import UserError
+from hessprobe.errors import UserError, warn
 from hessprobe.problem.micro_batches import MicroBatches
 from hessprobe.problem.objective import Batch
 from hessprobe.problem.partition import Partition
@@ -163,3 +163,12 @@ class FirstOrderProducts:
 def _cuts(positions: int, sequences: int) -> int:
     """Returns into how many parts a micro-batch is cut, of which steps are found on one."""
     return max(1, min(sequences, max(positions // MOST, min(PART, positions // LEAST))))
+
+
+def warn_of_differences(operator: str, model: str, errors: StepErrors | None) -> None:
+    """Warns that an operator's products are from differences, and says what they are worth."""
+    warn(
+        f"{operator}: {model} has no second derivatives, so products are from differences of gradients and forward passes "
+        f"(engine {FIRST_ORDER!r}), with a relative error of about {errors.error if errors else 0.0:.0e} (step_errors); "
+        'engine="exact" raises instead'
+    )

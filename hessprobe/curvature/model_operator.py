@@ -18,10 +18,15 @@ from torch import Tensor
 
 from hessprobe.curvature import cost
 from hessprobe.curvature.difference_steps import Named, StepErrors
-from hessprobe.curvature.first_order_products import FIRST_ORDER, FirstOrderProducts, check_precision
+from hessprobe.curvature.first_order_products import (
+    FIRST_ORDER,
+    FirstOrderProducts,
+    check_precision,
+    warn_of_differences,
+)
 from hessprobe.curvature.forward_mode import NoForwardMode
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
-from hessprobe.errors import UserError, unknown_name, warn
+from hessprobe.errors import UserError, unknown_name
 from hessprobe.machine.devices import working_memory
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.machine.seeds import trial_vectors
@@ -306,12 +311,8 @@ class ModelOperator(CurvatureOperator):
         """Warns once where differences are taken for want of derivatives."""
         if not self._fallen or self._said:
             return
-        self._said, errors = True, self.step_errors
-        warn(
-            f"{type(self).__name__}: {type(self.objective.model).__name__} has no second derivatives, so products are from "
-            f"differences of gradients and forward passes (engine {FIRST_ORDER!r}), with a relative error of about "
-            f'{errors.error if errors else 0.0:.0e} (step_errors); engine="exact" raises instead'
-        )
+        self._said = True
+        warn_of_differences(type(self).__name__, type(self.objective.model).__name__, self.step_errors)
 
     @property
     def step_errors(self) -> StepErrors | None:
