@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hessprobe.curvature.difference_steps import DifferenceSteps, Named, StepErrors
 from hessprobe.curvature.displaced import Displaced
-from hessprobe.errors import UserError, warn
+from hessprobe.errors import UserError, unknown_name, warn
 from hessprobe.problem.micro_batches import MicroBatches
-from hessprobe.problem.objective import Batch
+from hessprobe.problem.objective import Batch, Objective
 from hessprobe.problem.partition import Partition
+from hessprobe.problem.shares import is_sharded
 from hessprobe.problem.swapping import HALF
 
 if TYPE_CHECKING:
@@ -172,3 +173,24 @@ def warn_of_differences(operator: str, model: str, errors: StepErrors | None) ->
         f"(engine {FIRST_ORDER!r}), with a relative error of about {errors.error if errors else 0.0:.0e} (step_errors); "
         'engine="exact" raises instead'
     )
+
+
+def engines_of(kind: type[ModelOperator], objective: Objective, dtype: torch.dtype, engine: str) -> list[str]:
+    """Returns the engines that an operator tries, in their order.
+
+    Raises:
+        UserError: no such engine, one that sharded parameters do not have, or differences in half precision.
+    """
+    exact = [name for name in kind.ENGINES if name != FIRST_ORDER]
+    sets = {"auto": list(kind.ENGINES), "exact": exact, **{name: [name] for name in kind.ENGINES}}
+    if engine not in sets:
+        raise unknown_name(f"{kind.__name__} engine", engine, list(sets))
+    sharded = is_sharded(objective.model)
+    if sharded and FIRST_ORDER not in sets[engine]:
+        raise UserError(
+            f"engine={engine!r}: parameters sharded over devices have neither a forward mode nor second derivatives: "
+            f"leave out engine=, or pass engine={FIRST_ORDER!r}"
+        )
+    if sharded or engine == FIRST_ORDER:
+        check_precision(dtype)
+    return [FIRST_ORDER] if sharded else sets[engine]

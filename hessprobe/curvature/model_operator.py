@@ -22,11 +22,12 @@ from hessprobe.curvature.first_order_products import (
     FIRST_ORDER,
     FirstOrderProducts,
     check_precision,
+    engines_of,
     warn_of_differences,
 )
 from hessprobe.curvature.forward_mode import NoForwardMode
 from hessprobe.curvature.operator import Blocks, CurvatureOperator, over_groups
-from hessprobe.errors import UserError, unknown_name
+from hessprobe.errors import UserError
 from hessprobe.machine.devices import working_memory
 from hessprobe.machine.memory import is_out_of_memory
 from hessprobe.machine.seeds import trial_vectors
@@ -97,31 +98,12 @@ class ModelOperator(CurvatureOperator):
         self.weight = self.micro_batches.weight  # what the mean loss divides by
         self.memory = working_memory(device, DEFAULT_MEMORY) if memory is None else memory
         self._theta = None if parameters is None else partition.unflatten(parameters.detach())
-        self._engines = self._engines_of(engine)
+        self._engines = engines_of(type(self), objective, self.dtype, engine)
         self._batched = True
         self._trusted = False
-        self._fallen = self._said = (
-            False  # whether differences are taken for want of derivatives, and that was said
-        )
+        self._fallen = self._said = False  # differences are taken for want of derivatives; that was said
         self._cuts: int | None = None
         self._pieces: MicroBatches | None = None
-
-    def _engines_of(self, engine: str) -> list[str]:
-        exact = [name for name in self.ENGINES if name != FIRST_ORDER]
-        sets = {"auto": list(self.ENGINES), "exact": exact, **{name: [name] for name in self.ENGINES}}
-        if engine not in sets:
-            raise unknown_name(f"{type(self).__name__} engine", engine, list(sets))
-        if not is_sharded(self.objective.model):
-            if engine == FIRST_ORDER:
-                check_precision(self.dtype)
-            return sets[engine]
-        if FIRST_ORDER not in sets[engine]:
-            raise UserError(
-                f"engine={engine!r}: parameters sharded over devices have neither a forward mode nor second derivatives: "
-                f"leave out engine=, or pass engine={FIRST_ORDER!r}"
-            )
-        check_precision(self.dtype)
-        return [FIRST_ORDER]
 
     @property
     def pieces(self) -> MicroBatches:
