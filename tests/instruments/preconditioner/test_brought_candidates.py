@@ -23,7 +23,7 @@ from tests.instruments.preconditioner.truth import problem, snapshot_of
 from tests.training.runs import recipe as training_recipe
 
 CODE = """
-from hessprobe.instruments.preconditioner.measure.candidates.candidate import Answer, Candidate
+from hessprobe.instruments.preconditioner.measure.candidates.candidate import Candidate, Directions
 from hessprobe.optimization.place import Direction
 
 
@@ -36,7 +36,7 @@ def _damped(asked):
     found = [
         Direction(vector=-g / (1 + mu), inverse=lambda rows, mu=mu: rows / (1 + mu)) for mu in asked.dampings
     ]
-    return Answer(directions=found)
+    return Directions(directions=found)
 
 
 damped = Candidate(answer=_damped, damped=True, linear=True)
