@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import xarray as xr
 
 # 97.5 % quantiles of Student's t for 1, 2 ... 10 degrees of freedom: with three seeds two standard errors would
 # cover 82 %, not 95.
@@ -88,3 +89,9 @@ def student(freedom: int) -> float:
 def _variance(logs: np.ndarray) -> float:
     """Returns the variance of the mean."""
     return float(logs.var(ddof=1)) / logs.size
+
+
+def error_of(stderr: xr.DataArray) -> float | None:
+    """Returns a standard error, or None where there is none to state."""
+    value = float(stderr)
+    return value if np.isfinite(value) else None

@@ -9,12 +9,12 @@ from hessprobe.instruments.gn_hessian.answers import GNHessianAnswers
 from hessprobe.instruments.gn_hessian.norms import GAUSS_NEWTON, HESSIAN, RESIDUAL, errors_to_claim
 from hessprobe.instruments.gn_hessian.spectrum import ROUND_OFF
 from hessprobe.instruments.gn_hessian.step_findings import (
-    error_of,
     model_error_of_step,
     model_error_of_update,
     update_curvature,
 )
 from hessprobe.reading.finding import Finding
+from hessprobe.reading.statistics import error_of
 from hessprobe.reading.trend import trend
 from hessprobe.reading.trend_finding import trend_finding
 from hessprobe.reading.wording import counted, percent, plus_minus

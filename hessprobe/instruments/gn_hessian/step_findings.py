@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import xarray as xr
 
 from hessprobe.instruments.gn_hessian.answers import GNHessianAnswers
 from hessprobe.instruments.gn_hessian.ladder import BEYOND, LINEARISATION
 from hessprobe.instruments.gn_hessian.norms import GAUSS_NEWTON
 from hessprobe.instruments.gn_hessian.table import LADDER_DIRECTIONS
 from hessprobe.reading.finding import Finding
+from hessprobe.reading.statistics import error_of
 from hessprobe.reading.wording import counted, percent, plus_minus
 
 ALONG = {
@@ -104,12 +104,6 @@ def _model_error(answers: GNHessianAnswers, direction: str, name: str, label: st
         label=f"{label} {LARGER[larger][1]}" if label and larger else "",
         resolved=bool(larger),
     )
-
-
-def error_of(stderr: xr.DataArray) -> float | None:
-    """Returns a standard error, or None where there is none to state."""
-    value = float(stderr)
-    return value if np.isfinite(value) else None
 
 
 def _solve(answers: GNHessianAnswers, direction: str, step: int) -> str:

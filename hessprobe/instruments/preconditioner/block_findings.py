@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import xarray as xr
 
 from hessprobe.instruments.preconditioner.answers import PreconditionerAnswers
 from hessprobe.instruments.preconditioner.table import UPDATE
 from hessprobe.reading.finding import Finding
+from hessprobe.reading.statistics import error_of
 from hessprobe.reading.trend import STANDARD_ERRORS
 from hessprobe.reading.wording import counted, percent, plus_minus
 
@@ -83,12 +83,6 @@ def loses_most(answers: PreconditionerAnswers) -> Finding | None:
 
 def _called(name: str) -> str:
     return "the run's own update" if name == UPDATE else name
-
-
-def error_of(value: xr.DataArray) -> float | None:
-    """Returns a standard error, None where it is not finite."""
-    number = float(value)
-    return number if np.isfinite(number) else None
 
 
 def basis_of(

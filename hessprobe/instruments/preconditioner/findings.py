@@ -6,9 +6,10 @@ import numpy as np
 import xarray as xr
 
 from hessprobe.instruments.preconditioner.answers import PreconditionerAnswers
-from hessprobe.instruments.preconditioner.block_findings import basis_of, error_of, loses_most, step_sizes
+from hessprobe.instruments.preconditioner.block_findings import basis_of, loses_most, step_sizes
 from hessprobe.instruments.preconditioner.table import FULL, LAYERWISE, UPDATE
 from hessprobe.reading.finding import Finding
+from hessprobe.reading.statistics import error_of
 from hessprobe.reading.trend import STANDARD_ERRORS, trend
 from hessprobe.reading.wording import counted, percent, plus_minus
 

@@ -9,9 +9,8 @@ from functools import cached_property
 import numpy as np
 import xarray as xr
 
+from hessprobe.reading.clocks import CLOCKS
 from hessprobe.reading.rows import sound_rows
-
-CLOCKS = ("tokens", "line_search_tokens", "seconds", "probe_seconds", "gradient_equivalents")
 
 
 @dataclass(frozen=True, kw_only=True)
